@@ -1,0 +1,144 @@
+"""`Graph`: one training (or evaluation) step of a model as a flat list of operations, cut into blocks.
+
+A graph is captured once for a batch of any number of samples. Sizes that depend on the number of samples are stored
+per sample (`ValueSpec.rows`, `BatchInts`), so `instantiate` gives the operations for exactly the samples a replica
+holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.fx as fx
+
+
+@dataclass(frozen=True, slots=True)
+class ValueSpec:
+    """Shape and dtype of a value for any number of samples.
+
+    `shape` holds the sizes for one sample at `batch_dim` times `rows`: a value with `batch_dim` d has
+    `samples * rows` entries along d and its rows are in sample order. `batch_dim` is None for a value that is the
+    same for every sample.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    batch_dim: int | None
+    rows: int
+    needs_grad: bool
+
+    def at(self, samples: int) -> tuple[int, ...]:
+        """The shape for `samples` samples."""
+        if self.batch_dim is None:
+            return self.shape
+        return tuple(samples * self.rows if d == self.batch_dim else n for d, n in enumerate(self.shape))
+
+    def bytes_at(self, samples: int) -> int:
+        """Size in bytes for `samples` samples."""
+        return math.prod(self.at(samples)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """A parameter under its Hugging Face name; `aliases` are the other names of a tied weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A contiguous run of operations, the unit of profiling, placement, compiling and recompute.
+
+    Blocks with equal `key` compute the same pure function of (parameters, inputs); only the parameters differ.
+    `inputs` are values of earlier blocks, `outputs` values that later blocks or the user need. Values of the
+    preamble (they depend on no parameter) are listed in `preamble`: each stage recomputes those from the batch.
+    """
+
+    index: int
+    name: str
+    key: str
+    nodes: tuple[str, ...]
+    parameters: tuple[str, ...]
+    inputs: tuple[str, ...]
+    preamble: tuple[str, ...]
+    outputs: tuple[str, ...]
+    random: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalCount:
+    """A number that a mean over the whole batch divides by, e.g. the labels that are not ignored.
+
+    `placeholder` is the graph input that receives it. It is `per_sample * samples` of the global batch, or, where
+    `node` is given, the sum of that preamble node over the global batch.
+    """
+
+    placeholder: str
+    node: str | None = None
+    per_sample: int = 0
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured step: operations, the values between them, parameters and blocks.
+
+    The placeholders of `fx_graph` are parameters, buffers, constants, batch fields and global counts; the maps below
+    go from placeholder name to what it stands for. `training` says which mode of the model was captured.
+    """
+
+    fx_graph: fx.Graph
+    training: bool
+    parameters: Mapping[str, ParameterSpec]
+    """Canonical parameter name to its spec, in the model's order. Parameters the step does not use are included."""
+    parameter_inputs: Mapping[str, str]
+    """Placeholder to canonical parameter name."""
+    buffer_inputs: Mapping[str, str]
+    """Placeholder to buffer name."""
+    constants: Mapping[str, torch.Tensor]
+    """Placeholder to a tensor that was written into the model's code."""
+    batch_inputs: Mapping[str, str]
+    """Placeholder to field of the batch."""
+    counts: tuple[GlobalCount, ...]
+    values: Mapping[str, ValueSpec]
+    """Spec of every tensor-valued node and input."""
+    preamble: frozenset[str]
+    """Names of nodes that depend on no parameter and are not random."""
+    blocks: tuple[Block, ...]
+    loss: str | None
+    """Name of the loss node; None where the step has no loss."""
+    outputs: Mapping[str, str]
+    """Path of a user output (`logits`, `hidden_states.0`) to node name."""
+    structural_hash: str = field(default="")
+    """Hash of operations, wiring, shapes, dtypes and parameter names; a plan is bound to it."""
+
+    def producer(self, value: str) -> int:
+        """Index of the block that computes `value`."""
+        return self._producers[value]
+
+    @property
+    def _producers(self) -> dict[str, int]:
+        cached: dict[str, int] | None = self.__dict__.get("_producer_cache")
+        if cached is None:
+            cached = {n: b.index for b in self.blocks for n in b.nodes}
+            self.__dict__["_producer_cache"] = cached
+        return cached
+
+    def __str__(self) -> str:
+        unique = len({b.key for b in self.blocks})
+        total = sum(p.numel for p in self.parameters.values())
+        kind = "training" if self.training else "evaluation"
+        return (
+            f"Graph({kind}, {len(self.fx_graph.nodes)} nodes, {len(self.blocks)} blocks ({unique} unique), "
+            f"{len(self.parameters)} parameters ({total / 1e6:.1f}M), loss={self.loss})"
+        )
