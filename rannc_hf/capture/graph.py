@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.fx as fx
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,10 @@ class Graph:
     """Name of the loss node; None where the step has no loss."""
     outputs: Mapping[str, str]
     """Path of a user output (`logits`, `hidden_states.0`) to node name."""
+    output_spec: pytree.TreeSpec | None = None
+    """Structure of what `forward` returns."""
+    output_leaves: tuple[str | None, ...] = ()
+    """For each leaf of `output_spec`, its path in `outputs`; None for what is not a tensor or is not computed."""
     structural_hash: str = field(default="")
     """Hash of operations, wiring, shapes, dtypes and parameter names; a plan is bound to it."""
 

@@ -1,0 +1,81 @@
+"""Make runnable functions of a graph for an exact number of samples on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.fx.node import map_aggregate
+
+from .graph import Block, Graph
+from .passes.per_sample import PerSample
+
+
+def block_function(graph: Graph, block: Block, samples: int, device: torch.device) -> fx.GraphModule:
+    """The pure function of `block`: ``f(*parameters, *inputs, *preamble) -> tuple of outputs``.
+
+    It is the same for every block with the same key.
+    """
+    by_name = {n.name: n for n in graph.fx_graph.nodes}
+    canonical = {p: name for p, name in graph.parameter_inputs.items()}
+    made = fx.Graph()
+    parameters = {name: made.placeholder(f"p{i}") for i, name in enumerate(block.parameters)}
+    values = {name: made.placeholder(f"x{i}") for i, name in enumerate([*block.inputs, *block.preamble])}
+
+    def get(node: fx.Node) -> fx.Node:
+        if node.name in canonical:
+            return parameters[canonical[node.name]]
+        return values[node.name]
+
+    for name in block.nodes:
+        values[name] = copy_node(made, by_name[name], get, samples, device)
+    made.output(tuple(values[name] for name in block.outputs))
+    return fx.GraphModule({}, made)
+
+
+def preamble_function(
+    graph: Graph, names: Sequence[str], samples: int, device: torch.device
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """A function of graph inputs (returned as placeholder names) that computes the preamble values `names`."""
+    by_name = {n.name: n for n in graph.fx_graph.nodes}
+    needed = _ancestors([by_name[n] for n in names])
+    made = fx.Graph()
+    copies: dict[str, fx.Node] = {}
+    inputs = tuple(n.name for n in graph.fx_graph.nodes if n in needed and n.op == "placeholder")
+    for name in inputs:
+        copies[name] = made.placeholder(name)
+    for node in graph.fx_graph.nodes:
+        if node in needed and node.op == "call_function":
+            copies[node.name] = copy_node(made, node, lambda n: copies[n.name], samples, device)
+    made.output(tuple(copies[name] for name in names))
+    return fx.GraphModule({}, made), inputs
+
+
+def copy_node(made: fx.Graph, node: fx.Node, get: Any, samples: int, device: torch.device) -> fx.Node:
+    """A copy of `node` in `made` with the number of samples and the device filled in."""
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return get(value)
+        if isinstance(value, PerSample):
+            return int(value) * samples
+        return device if isinstance(value, torch.device) else value
+
+    return made.call_function(
+        node.target,  # type: ignore[arg-type]
+        map_aggregate(node.args, resolve),  # type: ignore[arg-type]
+        map_aggregate(dict(node.kwargs), resolve),  # type: ignore[arg-type]
+    )
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen

@@ -1,0 +1,1 @@
+"""Graph passes: each file holds one small rewrite of the exported operations."""

@@ -1,0 +1,24 @@
+"""Drop what only export needs: metadata assertions, fresh copies of constants."""
+
+from __future__ import annotations
+
+import torch
+import torch.fx as fx
+
+_aten = torch.ops.aten
+_ASSERTIONS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range")
+
+
+def drop_assertions(graph: fx.Graph) -> None:
+    """Erase assertion nodes. They check facts that hold for the captured shapes and dtypes by construction."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and any(a in str(node.target) for a in _ASSERTIONS) and not node.users:
+            graph.erase_node(node)
+
+
+def drop_lifts(graph: fx.Graph) -> None:
+    """`lift_fresh_copy` of a constant is the constant: mutation is handled before, by `functionalize`."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is _aten.lift_fresh_copy.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)

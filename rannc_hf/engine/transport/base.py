@@ -1,0 +1,116 @@
+"""What the engine asks of a transport: point-to-point messages on channels, and collectives.
+
+Everything is addressed by global rank. A `Channel` is one direction of one edge between two stages; messages between
+one sender and one receiver on one channel arrive in the order they were sent, and channels do not order each other.
+Where several ranks share a channel, all of them must post their messages in one common order (microbatch, value,
+source replica, destination replica): a backend may run a channel's messages strictly one after the other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+FORWARD = "forward"
+BACKWARD = "backward"
+REDUCTIONS = ("sum", "max")
+
+
+class TransportError(RuntimeError):
+    """A message or a collective did not come about; says which rank waited for what, from whom and for how long."""
+
+
+class DeadlockError(TransportError):
+    """Every rank waits for another one; lists what each of them waits for."""
+
+
+class Channel(NamedTuple):
+    """One direction of the edge between stage `producer` and stage `consumer`.
+
+    `direction` is "forward" (activations go from producer to consumer) or "backward" (their gradients go back).
+    """
+
+    producer: int
+    consumer: int
+    direction: str
+
+    def __str__(self) -> str:
+        arrow = ">" if self.direction == FORWARD else "<"
+        return f"{self.producer}{arrow}{self.consumer}"
+
+
+class Pending(Protocol):
+    """An operation under way."""
+
+    def wait(self) -> None:
+        """Return when the result may be used (on CUDA: by work queued on the current stream from now on).
+
+        Raises `TransportError` when the time limit passes or the peer is gone.
+        """
+
+
+class Done:
+    """A `Pending` with nothing left to wait for."""
+
+    def wait(self) -> None:
+        return None
+
+
+class Transport(ABC):
+    """One rank's end of the connections between all ranks.
+
+    In every method `what` describes the operation for a person ("stage 1 replica 0: activations of microbatch 3 from
+    stage 0"); it appears in errors. All waits have a time limit and raise `TransportError`.
+    """
+
+    rank: int
+    world_size: int
+
+    @abstractmethod
+    def open(self, channels: Mapping[Channel, tuple[int, ...]], groups: Sequence[tuple[int, ...]]) -> None:
+        """Make channels and reduction groups ready for use. Collective: every rank passes equal arguments.
+
+        `channels` maps each channel to the ranks that may use it, `groups` lists the rank sets that will call
+        `all_reduce`. May be called again to add more; what is open already stays as it is.
+        """
+
+    @abstractmethod
+    def send(self, channel: Channel, peer: int, tensor: torch.Tensor, what: str) -> None:
+        """Start sending `tensor` to rank `peer` and return at once.
+
+        Keeps the tensor alive until it is sent; the caller must not change it before `drain`.
+        """
+
+    @abstractmethod
+    def recv(self, channel: Channel, peer: int, buffer: torch.Tensor, what: str) -> Pending:
+        """Start receiving from rank `peer` into `buffer` (contiguous, of the sent shape and dtype)."""
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Wait until everything this rank has sent was received."""
+
+    @abstractmethod
+    def all_reduce(self, tensor: torch.Tensor, ranks: tuple[int, ...], what: str, op: str = "sum") -> Pending:
+        """Start reducing `tensor` (contiguous, equal shape everywhere) in place over `ranks`; `op` is "sum" or "max".
+
+        The ranks of a group must call it in the same order. A group of one rank returns at once.
+        """
+
+    @abstractmethod
+    def all_gather(self, tensor: torch.Tensor, what: str) -> list[torch.Tensor]:
+        """The tensors of all ranks of the world, in rank order; shapes and dtypes must be equal."""
+
+    @abstractmethod
+    def all_gather_object(self, obj: Any, what: str) -> list[Any]:
+        """The picklable objects of all ranks of the world, in rank order."""
+
+    @abstractmethod
+    def broadcast(self, tensor: torch.Tensor, source: int, what: str) -> None:
+        """Overwrite `tensor` (contiguous) with that of rank `source`, on the whole world."""
+
+    @abstractmethod
+    def barrier(self, what: str) -> None:
+        """Return when every rank of the world has called it."""
