@@ -26,7 +26,8 @@ _RUN_LAUNCHER = f"import sys\nfrom {_LAUNCHER} import main\nsys.exit(main())\n"
 def autoload() -> None:
     """Start waiting. Called by torch."""
     try:
-        sys.meta_path.insert(0, _AfterImport())
+        if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport())
     except Exception as error:
         _complain(error)
 

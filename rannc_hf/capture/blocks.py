@@ -14,7 +14,7 @@ from typing import Any
 import torch.fx as fx
 
 from .errors import module_path
-from .graph import Block
+from .graph import Block, Graph
 from .passes.per_sample import PerSample, spec
 from .passes.preamble import is_random
 
@@ -38,6 +38,12 @@ def make_blocks(
         kept = [n for n in nodes if n in outputs or any(position.get(u, -1) >= stop for u in n.users)]
         blocks.append(_block(index, nodes, preamble, parameter_names, kept))
     return tuple(blocks)
+
+
+def block_of(graph: Graph, index: int, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Block:
+    """A block of any operations of a captured graph, given in graph order."""
+    preamble = {n for n in graph.fx_graph.nodes if n.name in graph.preamble}
+    return _block(index, list(nodes), preamble, graph.parameter_inputs, list(outputs))
 
 
 # -- where to cut ----------------------------------------------------------------------------------------------------

@@ -131,6 +131,18 @@ class Graph:
         """Index of the block that computes `value`."""
         return self._producers[value]
 
+    def gradient_parameters(self) -> frozenset[str]:
+        """Parameters that the loss sends a gradient to; the others' `.grad` stays None, as in plain training."""
+        by_name = {n.name: n for n in self.fx_graph.nodes}
+        seen: set[fx.Node] = set()
+        stack = [by_name[self.loss]] if self.loss is not None else []
+        while stack:
+            node = stack.pop()
+            if node not in seen and node.meta.get("needs_grad"):
+                seen.add(node)
+                stack.extend(node.all_input_nodes)
+        return frozenset(self.parameter_inputs[n.name] for n in seen if n.name in self.parameter_inputs)
+
     @property
     def _producers(self) -> dict[str, int]:
         cached: dict[str, int] | None = self.__dict__.get("_producer_cache")

@@ -78,6 +78,8 @@ class Device:
     """Time the host needs to issue one operation; a block cannot be faster than its operations are issued."""
     reserved_bytes: int = GIB
     """Memory that the driver, communication buffers and the allocator's gaps take."""
+    overlaps: bool = True
+    """Whether gradients are reduced while the backward goes on; on a CPU both need the same cores."""
 
     def rate(self, dtype: torch.dtype) -> float:
         """Peak FLOP/s for `dtype`. Integers and unlisted types count as float32, float64 as half of it."""
@@ -95,7 +97,14 @@ class Device:
 
 
 def _gpu(
-    name: str, memory_gib: float, half: float, single: float, bandwidth: float, intra: Link, inter: Link, bf16: bool = True
+    name: str,
+    memory_gib: float,
+    half: float,
+    single: float,
+    bandwidth: float,
+    intra: Link,
+    inter: Link,
+    bf16: bool = True,
 ) -> Device:
     """A GPU; `half`, `single` in TFLOP/s, `bandwidth` in GB/s."""
     rates = {torch.float16: half * 1e12, torch.float32: single * 1e12}
@@ -127,6 +136,7 @@ DEVICES: dict[str, Device] = {
             kernel_us=5.0,
             host_us=0.0,
             reserved_bytes=GIB // 2,
+            overlaps=False,
         ),
     )
 }
@@ -142,7 +152,7 @@ def device(name: str) -> Device:
     variants = [d.name for k, d in by_lower.items() if name and k.startswith(name.lower())]
     suggestion = " or ".join(variants) or (by_lower[close[0]].name if close else "")
     hint = f"; did you mean {suggestion}?" if suggestion else ""
-    raise ValueError(f"unknown device {name!r}{hint} Known devices: {', '.join(DEVICES)}")
+    raise ValueError(f"unknown device {name!r}{hint or '.'} Known devices: {', '.join(DEVICES)}")
 
 
 def present_gpu(name: str, memory_bytes: int) -> Device:

@@ -10,13 +10,19 @@ import torch.fx as fx
 
 from rannc_hf.capture.graph import Graph
 
-VIEWS = frozenset(
+
+def words(text: str) -> frozenset[str]:
+    """The words of `text`."""
+    return frozenset(text.split())
+
+
+VIEWS = words(
     "alias chunk detach diagonal expand expand_as flatten getitem movedim narrow permute reshape select slice split "
-    "split_with_sizes squeeze swapaxes t tensor_split transpose unbind unflatten unfold unsqueeze view view_as".split()
+    "split_with_sizes squeeze swapaxes t tensor_split transpose unbind unflatten unfold unsqueeze view view_as"
 )
 """Results share their input's memory and cost nothing on the device (a reshape is assumed not to copy)."""
 
-_CASTS = frozenset(("to", "_to_copy", "type_as", "contiguous", "clone"))
+_CASTS = words("to _to_copy type_as contiguous clone")
 
 Shape = Sequence[int]
 
@@ -69,9 +75,9 @@ def matmul_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
-_PRODUCTS = frozenset(
+_PRODUCTS = words(
     "linear addmm baddbmm addbmm addmv mm bmm mv matmul convolution conv1d conv2d conv3d conv_transpose1d "
-    "conv_transpose2d conv_transpose3d".split()
+    "conv_transpose2d conv_transpose3d"
 )
 
 

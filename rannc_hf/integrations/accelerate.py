@@ -15,7 +15,7 @@ from typing import Any, Never
 
 import torch
 from accelerate.accelerator import Accelerator
-from accelerate.utils import convert_outputs_to_fp32, is_compiled_module
+from accelerate.utils import is_compiled_module
 from torch import nn
 
 from rannc_hf.config import RanncConfig
@@ -70,7 +70,7 @@ class RanncAccelerator(Accelerator):
         wrapped = RanncModel(
             model, self.rannc, device=self.device, compute_dtype=_COMPUTE_DTYPES[self.state.mixed_precision]
         )
-        wrapped._is_accelerate_prepared = True
+        wrapped._is_accelerate_prepared = True  # type: ignore[assignment]
         self._models.append(wrapped)
         for optimizer in self._optimizers:
             self._connect(optimizer)
@@ -107,7 +107,7 @@ class RanncAccelerator(Accelerator):
     # Training
 
     def clip_grad_norm_(
-        self, parameters: torch.Tensor | Iterable[torch.Tensor], max_norm: float, norm_type: float = 2
+        self, parameters: nn.Parameter | Iterable[nn.Parameter], max_norm: float, norm_type: float = 2
     ) -> torch.Tensor:
         """Clip by the norm over the parameters of all processes, each counted once; returns that norm."""
         model = self._model_of(parameters := _as_list(parameters))
@@ -115,10 +115,115 @@ class RanncAccelerator(Accelerator):
             return super().clip_grad_norm_(parameters, max_norm, norm_type)
         return model.clip_grad_norm_(max_norm, norm_type)
 
-    def clip_grad_value_(self, parameters: torch.Tensor | Iterable[torch.Tensor], clip_value: float) -> None:
+    def clip_grad_value_(self, parameters: nn.Parameter | Iterable[nn.Parameter], clip_value: float) -> None:
         """Clip each element of the gradients to [-clip_value, clip_value]."""
         model = self._model_of(parameters := _as_list(parameters))
         if model is None:
             super().clip_grad_value_(parameters, clip_value)
         else:
             model.clip_grad_value_(clip_value)
+
+    @staticmethod
+    def trigger_sync_in_backward(model: nn.Module) -> AbstractContextManager[None]:
+        """Not available: the backward of a RanncModel runs within its forward."""
+        if isinstance(model, RanncModel):
+            raise ValueError(
+                "`trigger_sync_in_backward` cannot follow a forward under `no_sync`, for RaNNC runs forward and "
+                "backward as one; use `accelerator.accumulate(model)`, or leave `no_sync` before the last forward"
+            )
+        return Accelerator.trigger_sync_in_backward(model)
+
+    def join_uneven_inputs(self, joinables: list[Any], even_batches: bool | None = None) -> Any:
+        """Not available: every process takes part in every step."""
+        if self._partitioned:
+            raise ValueError(
+                "`join_uneven_inputs` lets processes run out of batches one by one, but with RaNNC every process takes "
+                "part in every step; remove it, accelerate's data loaders give every process equally many batches"
+            )
+        return super().join_uneven_inputs(joinables, even_batches)
+
+    # Saving
+
+    def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
+        """The user's own model object. Its parameters hold values only where this process owns them."""
+        inner = model.module if isinstance(model, RanncModel) else model
+        return super().unwrap_model(inner, keep_fp32_wrapper, keep_torch_compile)
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, torch.Tensor]:
+        """All weights under their Hugging Face names, on CPU, in the main process; {} in the others.
+
+        Every process must call it.
+        """
+        found = self._find(model)
+        return super().get_state_dict(model, unwrap) if found is None else found.full_state_dict()
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """As in accelerate: the main process writes all weights. Every process must call it."""
+        found = self._find(model)
+        if found is not None:
+            weights = found.full_state_dict()
+            model = _Weights(weights)
+        if found is None or self.is_main_process:
+            super().save_model(model, save_directory, max_shard_size, safe_serialization)
+        self.wait_for_everyone()
+
+    def save_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available yet: see the error."""
+        return self._refuse_checkpoint("save_state") if self._partitioned else super().save_state(*args, **kwargs)
+
+    def load_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available yet: see the error."""
+        return self._refuse_checkpoint("load_state") if self._partitioned else super().load_state(*args, **kwargs)
+
+    @staticmethod
+    def _refuse_checkpoint(name: str) -> Never:
+        raise ValueError(
+            f"`accelerator.{name}` needs sharded checkpoints of the model and its optimizer, which are not available "
+            "yet. To keep the weights, call on every process `accelerator.unwrap_model(model).save_pretrained(folder, "
+            "is_main_process=accelerator.is_main_process, state_dict=accelerator.get_state_dict(model))` or "
+            "`accelerator.save_model(model, folder)`, and load them with `from_pretrained` before `accelerator.prepare`"
+        )
+
+    # Finding the model
+
+    @property
+    def _partitioned(self) -> list[RanncModel]:
+        return [model for model in self._models if isinstance(model, RanncModel)]
+
+    def _find(self, model: nn.Module) -> RanncModel | None:
+        """The RanncModel that is `model` or holds it."""
+        if isinstance(model, RanncModel):
+            return model
+        return next((wrapped for wrapped in self._partitioned if wrapped.module is model), None)
+
+    def _model_of(self, parameters: list[nn.Parameter]) -> RanncModel | None:
+        """The RanncModel whose gradients are to be clipped.
+
+        An empty list means the prepared model: it is what `model.parameters()` gives where a process owns nothing.
+        """
+        model = next((m for m in self._partitioned if not parameters or m.owns_any(parameters)), None)
+        given = {id(p) for p in parameters}
+        if model is not None and any(p.requires_grad and id(p) not in given for p in model.parameters()):
+            raise ValueError("RaNNC clips all parameters of a model together; pass `model.parameters()`")
+        return model
+
+
+class _Weights(nn.Module):
+    """Has nothing but a state dict, for accelerate to write."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._weights
+
+
+def _as_list(parameters: nn.Parameter | Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)

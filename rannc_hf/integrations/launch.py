@@ -55,15 +55,24 @@ def launch(
 
     Raises ValueError for options or settings that RaNNC cannot train with.
     """
+    from accelerate.utils import patch_environment
+
     with _our_section_taken_out() as section:
         defaults = _accelerate_config(args)
         config = _choose(options, section)
-        if config is not None or always:
-            _refuse_unsupported(args, defaults)
-            os.environ[ENVIRONMENT_VARIABLE] = json.dumps((config or RanncConfig()).to_dict())
-            _place_on_cpu(args, defaults)
-            _redirect(args)
-        start(args)
+        if config is None and not always:
+            return start(args)
+        _refuse_unsupported(args, defaults)
+        environ = {ENVIRONMENT_VARIABLE: json.dumps((config or RanncConfig()).to_dict())}
+        if args.cpu or getattr(defaults, "use_cpu", False):
+            # accelerate starts the processes, but would let each train on its own.
+            environ["ACCELERATE_USE_CPU"] = "true"
+        if args.cpu and _processes(args, defaults) > 1:
+            # accelerate would start one.
+            args.cpu, args.multi_gpu, args.use_cpu = False, True, True
+        _redirect(args)
+        with patch_environment(**environ):
+            return start(args)
 
 
 @contextmanager
@@ -128,15 +137,6 @@ def _refuse_unsupported(args: argparse.Namespace, defaults: Any) -> None:
             + (" and `use_cpu: true`" if kind == "MULTI_CPU" else "")
         )
     refuse(reasons)
-
-
-def _place_on_cpu(args: argparse.Namespace, defaults: Any) -> None:
-    """Have several processes on CPU find each other: accelerate alone starts one, or lets each train on its own."""
-    if args.cpu and _processes(args, defaults) > 1:
-        args.cpu, args.multi_gpu, args.use_cpu = False, True, True
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    elif args.cpu or getattr(defaults, "use_cpu", False):
-        os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 def _processes(args: argparse.Namespace, defaults: Any) -> int:

@@ -91,9 +91,7 @@ def unsupported_processes(distributed_type: str, device: torch.device, environ: 
     if distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         return [f"`distributed_type` {distributed_type} is not supported; {_SET_MULTI_GPU}"]
     if device.type not in ("cpu", "cuda"):
-        return [
-            f"device {device.type!r} is not supported; use CUDA devices, or CPU with ACCELERATE_USE_CPU=true"
-        ]
+        return [f"device {device.type!r} is not supported; use CUDA devices, or CPU with ACCELERATE_USE_CPU=true"]
     return []
 
 

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_KINDS = {int: "a whole number", float: "a number", str: "a string"}
+
 
 class PlanFieldError(ValueError):
     """A field of a plan has a value it cannot have; `field` is its path."""
@@ -55,9 +57,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
     if dataclasses.is_dataclass(hint):
         return read_dataclass(typing.cast(type, hint), value, path)
-    accepted, kind = {int: (int, "a whole number"), float: ((int, float), "a number"), str: (str, "a string")}[hint]
+    accepted: tuple[type, ...] = (int, float) if hint is float else (hint,)
     if not isinstance(value, accepted) or isinstance(value, bool):
-        raise PlanFieldError(path, f"is {_shown(value)}, not {kind}")
+        raise PlanFieldError(path, f"is {_shown(value)}, not {_KINDS[hint]}")
     return hint(value)
 
 

@@ -176,7 +176,9 @@ class Plan:
                 raise PlanFieldError(name, "is empty; a stage has at least one rank")
             for rank in stage.ranks:
                 if not 0 <= rank < world_size:
-                    raise PlanFieldError(name, f"has rank {rank}, but there are {world_size} processes (0 to {world_size - 1})")
+                    raise PlanFieldError(
+                        name, f"has rank {rank}, but there are {world_size} processes (0 to {world_size - 1})"
+                    )
                 if rank in owner:
                     raise PlanFieldError(name, f"has rank {rank}, which stages[{owner[rank]}] has already")
                 owner[rank] = index
@@ -222,7 +224,7 @@ class Plan:
 
 
 def _short(ranks: Sequence[int]) -> str:
-    """"0-3" for consecutive ranks, "0,2,5" otherwise."""
+    """ "0-3" for consecutive ranks, "0,2,5" otherwise."""
     if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
         return f"{ranks[0]}-{ranks[-1]}"
     return ",".join(map(str, ranks))

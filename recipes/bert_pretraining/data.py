@@ -65,7 +65,8 @@ class MaskingCollator:
         """Token ids [N] to model inputs [N] and labels [N]. At least one token is chosen, and never a special one."""
         rng = np.random.default_rng((self.seed, self.epoch, sample_id))
         ordinary = np.flatnonzero(~np.isin(ids, self._special_ids))
-        count = max(1, round(len(ordinary) * self.mask_probability))
+        # Rounded up or down at random, so that the share is right on average for short samples too.
+        count = max(1, int(len(ordinary) * self.mask_probability + rng.random()))
         chosen = rng.permutation(ordinary)[:count]
         inputs, labels = ids.copy(), np.full_like(ids, IGNORED)
         labels[chosen] = ids[chosen]

@@ -84,7 +84,8 @@ def make_pairs(documents: list[TokenizedDocument], index: int, length: int, rng:
     start = 0
     while start < len(document.sentences):
         chunk: list[list[int]] = []
-        while start + len(chunk) < len(document.sentences) and sum(map(len, chunk)) < length:
+        # At least two sentences, however long: a chunk of one has no next sentence to show.
+        while start + len(chunk) < len(document.sentences) and (len(chunk) < 2 or sum(map(len, chunk)) < length):
             chunk.append(document.sentences[start + len(chunk)])
         cut = rng.randint(1, max(1, len(chunk) - 1))
         first, second = list(chain(*chunk[:cut])), list(chain(*chunk[cut:]))

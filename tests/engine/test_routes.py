@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rannc_hf.engine.routes import Transfer, microbatch_sizes, shared_transfers, slices, transfers
@@ -9,6 +9,7 @@ from rannc_hf.engine.routes import Transfer, microbatch_sizes, shared_transfers,
 replicas = st.integers(1, 9)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), st.integers(1, 20))
 def test_slices_cover_exactly_and_evenly(samples, parts):
     found = slices(samples, parts)
@@ -19,6 +20,7 @@ def test_slices_cover_exactly_and_evenly(samples, parts):
     assert sizes == sorted(sizes, reverse=True)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 100), replicas, replicas)
 def test_transfers_partition_both_sides(samples, sources, destinations):
     found = transfers(samples, sources, destinations)
@@ -39,6 +41,7 @@ def test_transfers_of_uneven_replicas():
     ]
 
 
+@settings(deadline=None)
 @given(replicas, replicas)
 def test_shared_values_reach_each_destination_once(sources, destinations):
     found = shared_transfers(sources, destinations)
@@ -47,6 +50,7 @@ def test_shared_values_reach_each_destination_once(sources, destinations):
     assert all(t.source == t.destination % sources and t.start == t.stop == 0 for t in found)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 40), st.integers(1, 8))
 def test_microbatch_sizes(samples, batch_size, microbatches, max_replicas):
     if samples < max_replicas:

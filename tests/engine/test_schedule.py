@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rannc_hf.engine.schedule import (
@@ -104,6 +104,7 @@ def test_lowering_for_evaluation_has_forwards_only():
         validate(lists, edges, 2)
 
 
+@settings(deadline=None)
 @given(pipelines())
 def test_every_lowered_schedule_is_valid(pipeline):
     schedule, stages, microbatches, edges = pipeline
@@ -111,6 +112,7 @@ def test_every_lowered_schedule_is_valid(pipeline):
     validate(lower_forward(stages, microbatches, edges), edges, microbatches, training=False)
 
 
+@settings(deadline=None)
 @given(pipelines(), st.data())
 def test_a_lost_action_is_noticed(pipeline, data):
     schedule, stages, microbatches, edges = pipeline

@@ -9,4 +9,5 @@ from rannc_hf.engine.transport.base import DeadlockError as DeadlockError
 from rannc_hf.engine.transport.base import Pending as Pending
 from rannc_hf.engine.transport.base import Transport as Transport
 from rannc_hf.engine.transport.base import TransportError as TransportError
+from rannc_hf.engine.transport.distributed import DistributedTransport as DistributedTransport
 from rannc_hf.engine.transport.local import LocalWorld as LocalWorld

@@ -74,8 +74,19 @@ class Transport(ABC):
         """Make channels and reduction groups ready for use. Collective: every rank passes equal arguments.
 
         `channels` maps each channel to the ranks that may use it, `groups` lists the rank sets that will call
-        `all_reduce`. May be called again to add more; what is open already stays as it is.
+        `all_reduce`; the set of all ranks is always open. May be called again to add more; what is open already stays
+        as it is. Raises `TransportError` where ranks pass different arguments.
         """
+
+    def agree(
+        self, channels: Mapping[Channel, tuple[int, ...]], groups: Sequence[tuple[int, ...]]
+    ) -> tuple[list[tuple[Channel, tuple[int, ...]]], list[tuple[int, ...]]]:
+        """The arguments of `open` in one order on all ranks, after checking that all ranks pass the same."""
+        own = (sorted((c, tuple(ranks)) for c, ranks in channels.items()), sorted({tuple(ranks) for ranks in groups}))
+        for rank, other in enumerate(self.all_gather_object(own, "opening channels")):
+            if other != own:
+                raise TransportError(f"ranks {self.rank} and {rank} want to open different channels or groups")
+        return own
 
     @abstractmethod
     def send(self, channel: Channel, peer: int, tensor: torch.Tensor, what: str) -> None:

@@ -83,18 +83,15 @@ class LocalTransport(Transport):
         self._sent: list[mail.Message] = []
 
     def open(self, channels: Mapping[Channel, tuple[int, ...]], groups: Sequence[tuple[int, ...]]) -> None:
-        own = (sorted((c, tuple(ranks)) for c, ranks in channels.items()), sorted({tuple(g) for g in groups}))
-        for rank, other in enumerate(self.all_gather_object(own, "opening channels")):
-            if other != own:
-                raise TransportError(f"ranks {self.rank} and {rank} want to open different channels or groups")
-        self._channels.update(own[0])
-        self._groups.update(own[1])
+        wanted_channels, wanted_groups = self.agree(channels, groups)
+        self._channels.update(wanted_channels)
+        self._groups.update(wanted_groups)
 
     def send(self, channel: Channel, peer: int, tensor: torch.Tensor, what: str) -> None:
         self._check_route(channel, peer, what)
         message = mail.Message(channel, self.rank, peer, tensor.detach(), what)
         self._world.mail.post_send(message)
-        self._sent = [m for m in self._sent if not m.matched] + [message]
+        self._sent = [m for m in [*self._sent, message] if not m.matched]
 
     def recv(self, channel: Channel, peer: int, buffer: torch.Tensor, what: str) -> Pending:
         self._check_route(channel, peer, what)
@@ -106,7 +103,7 @@ class LocalTransport(Transport):
     def drain(self) -> None:
         sent, self._sent = self._sent, []
         for message in sent:
-            _Wait(self, lambda m=message: m.matched, lambda m=message: f"the receiver of {m}").wait()
+            self._wait_for_receiver(message)
 
     def all_reduce(self, tensor: torch.Tensor, ranks: tuple[int, ...], what: str, op: str = "sum") -> Pending:
         assert op in REDUCTIONS and tensor.is_contiguous(), (op, what)
@@ -134,6 +131,9 @@ class LocalTransport(Transport):
     def wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
         """Let other ranks run until `ready()` holds."""
         self._world.wait(self.rank, ready, what)
+
+    def _wait_for_receiver(self, message: mail.Message) -> None:
+        self.wait(lambda: message.matched, lambda: f"the receiver of {message}")
 
     def _join(
         self, name: str, ranks: tuple[int, ...], value: Any, what: str, finish: mail.Finish

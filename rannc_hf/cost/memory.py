@@ -1,0 +1,161 @@
+"""Memory of blocks and parameters, from the graph alone.
+
+Autograd keeps a tensor where the derivative of an operation needs it. Which ones these are follows from the
+derivatives (PyTorch's `derivatives.yaml`); views share the memory of what they view, and a tensor that several
+operations keep counts once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.fx as fx
+
+from rannc_hf.capture.graph import Block, Graph
+from rannc_hf.cost import ops
+
+_KEEPS_NOTHING = ops.words(
+    "add sub rsub neg sum mean cat stack pad constant_pad_nd to _to_copy type_as contiguous clone embedding where "
+    "masked_fill index index_select gather slice_scatter select_scatter repeat roll flip nll_loss nll_loss_forward "
+    "new_zeros zeros_like ones_like full_like copy cumsum expand_copy dropout native_dropout"
+)
+_KEEPS_OUTPUT = ops.words(
+    "softmax _softmax log_softmax _log_softmax tanh sigmoid relu exp sqrt rsqrt reciprocal scaled_dot_product_attention"
+)
+_KEEPS_OTHER_FACTOR = ops.words("mul div")
+
+
+class BlockMemory(NamedTuple):
+    """Bytes; see `BlockCost` for what they mean."""
+
+    saved: int
+    output: int
+    workspace: int
+
+
+def block_memory(graph: Graph, block: Block, samples: int, *, fused_attention: bool) -> BlockMemory:
+    """What `block` keeps for its backward, hands on, and needs while it runs, for `samples` samples.
+
+    With `fused_attention` an attention keeps its inputs, output and one number a row; without (attention with dropout
+    on a CPU) it keeps the whole matrix of probabilities, its dropout and the noise.
+    """
+    nodes = nodes_by_name(graph)
+    inside = [nodes[name] for name in block.nodes]
+    base = _bases(inside, graph)
+    kept: set[fx.Node] = {base[nodes[name]] for name in block.outputs}
+    extra = 0
+    largest = 0
+    for node in inside:
+        touched = {base.get(n, n) for n in (node, *node.all_input_nodes)}
+        if not ops.is_view(node, graph):
+            temporary = sum(ops.value_bytes(n, graph, samples) for n in touched if n in base)
+            largest = max(largest, temporary + _internal_bytes(node, graph, samples, fused_attention))
+        if ops.needs_grad(node, graph):
+            kept |= {base[n] for n in _kept(node, graph) if n in base}
+            extra += _internal_bytes(node, graph, samples, fused_attention)
+    own = set(inside)
+    saved = sum(ops.value_bytes(n, graph, samples) for n in kept if n in own) + extra
+    output = sum(ops.value_bytes(n, graph, samples) for n in {base[nodes[name]] for name in block.outputs} if n in own)
+    # Values on their way and their gradients; and the gradients of the block's parameters before they are added up.
+    workspace = 2 * largest + sum(parameter_bytes(graph, name) for name in block.parameters)
+    return BlockMemory(saved, output, workspace)
+
+
+def _bases(inside: list[fx.Node], graph: Graph) -> dict[fx.Node, fx.Node]:
+    """For each node the one whose memory it shares; nodes from outside the block map to themselves or are absent."""
+    base: dict[fx.Node, fx.Node] = {}
+    for node in inside:
+        if ops.is_view(node, graph) and node.all_input_nodes:
+            source = node.all_input_nodes[0]
+            root = base.get(source, source)
+            # Items of an operation with several results (not a view of one tensor) have memory of their own.
+            shares = root.name in graph.values
+            base[node] = root if shares else node
+        else:
+            base[node] = node
+    return base
+
+
+def _kept(node: fx.Node, graph: Graph) -> list[fx.Node]:
+    """Inputs and results that the derivative of `node` uses."""
+    name = ops.op_name(node)
+    inputs = node.all_input_nodes
+    if ops.is_view(node, graph) or name in _KEEPS_NOTHING or "dropout" in name:
+        return []
+    if name in _KEEPS_OTHER_FACTOR or ops.matmul_operands(node) is not None:
+        left, right = ops.matmul_operands(node) or (inputs[0], inputs[1] if len(inputs) > 1 else None)
+        if right is None:
+            return []
+        pairs = ((left, right), (right, left))
+        return [keep for keep, other in pairs if ops.needs_grad(other, graph)]
+    if name in _KEEPS_OUTPUT:
+        return [node, *inputs] if "attention" in name else [node]
+    if name == "cross_entropy_loss":
+        return []
+    return list(inputs)
+
+
+def _internal_bytes(node: fx.Node, graph: Graph, samples: int, fused_attention: bool) -> int:
+    """Bytes that an operation keeps besides its inputs and results."""
+    name = ops.op_name(node)
+    own = ops.value_bytes(node, graph, samples)
+    if name == "cross_entropy_loss":
+        return ops.value_bytes(node.all_input_nodes[0], graph, samples)
+    if "scaled_dot_product" in name:
+        query, key = (graph.values[n.name].at(samples) for n in node.all_input_nodes[:2])
+        rows = math.prod(query[:-1])
+        if fused_attention or not ops.dropout_active(node):
+            return rows * 4
+        return 3 * rows * key[-2] * graph.values[node.all_input_nodes[0].name].dtype.itemsize
+    if ops.dropout_active(node):
+        # GPUs keep a mask of one byte an element, CPUs the noise itself.
+        return own // graph.values[node.name].dtype.itemsize if fused_attention and node.name in graph.values else own
+    if name in ("layer_norm", "native_layer_norm", "rms_norm", "group_norm") and node.name in graph.values:
+        return 8 * math.prod(graph.values[node.name].at(samples)[:-1])
+    return 0
+
+
+def compute_dtypes(graph: Graph) -> Mapping[str, torch.dtype]:
+    """Canonical parameter name to the dtype it is computed with."""
+    return {
+        name: graph.values[placeholder].dtype
+        for placeholder, name in graph.parameter_inputs.items()
+        if placeholder in graph.values
+    }
+
+
+def parameter_bytes(graph: Graph, name: str) -> int:
+    """Bytes of one copy of a parameter in the dtype it is computed with."""
+    spec = graph.parameters[name]
+    return spec.numel * _cached_dtypes(graph).get(name, spec.dtype).itemsize
+
+
+def state_bytes(graph: Graph, name: str) -> int:
+    """Bytes a rank holds for a parameter: master, gradient sum, two moments of Adam, and the copy to compute with.
+
+    Masters are float32, or float64 where that is computed with; a separate copy exists for shorter types only.
+    A parameter that is not trained has no gradient and no moments.
+    """
+    spec = graph.parameters[name]
+    compute = _cached_dtypes(graph).get(name, spec.dtype).itemsize
+    master = max(4, compute)
+    copy = compute if compute < master else 0
+    return spec.numel * ((4 * master if spec.trainable else master) + copy)
+
+
+def nodes_by_name(graph: Graph) -> dict[str, fx.Node]:
+    """The graph's nodes by name; made once a graph."""
+    found: dict[str, fx.Node] | None = graph.__dict__.get("_nodes_by_name")
+    if found is None:
+        found = graph.__dict__["_nodes_by_name"] = {n.name: n for n in graph.fx_graph.nodes}
+    return found
+
+
+def _cached_dtypes(graph: Graph) -> Mapping[str, torch.dtype]:
+    found: Mapping[str, torch.dtype] | None = graph.__dict__.get("_compute_dtypes")
+    if found is None:
+        found = graph.__dict__["_compute_dtypes"] = compute_dtypes(graph)
+    return found

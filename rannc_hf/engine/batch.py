@@ -1,0 +1,177 @@
+"""The global batch: every rank passes its own shard, as under data parallel training; all ranks see the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rannc_hf.capture.export import batch_size
+from rannc_hf.engine.transport import Transport
+
+_PAD = {
+    "attention_mask": 0,
+    "decoder_attention_mask": 0,
+    "token_type_ids": 0,
+    "labels": -100,
+    "decoder_input_ids": None,
+    "input_ids": None,
+}
+"""Padding by field; None stands for the model's pad token."""
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """All ranks' samples in rank order, on this rank's device, and how they were divided."""
+
+    fields: dict[str, Any]
+    """Tensors of the global batch, and arguments that are not tensors."""
+    batched: frozenset[str]
+    """Fields with samples in dimension 0."""
+    shards: tuple[int, ...]
+    """Samples of each rank."""
+    own_shapes: Mapping[str, tuple[int, ...]]
+    """This rank's shape of a sample of each batched field, before padding."""
+
+    @property
+    def samples(self) -> int:
+        return sum(self.shards)
+
+    def first(self, rank: int) -> int:
+        """Index of the first sample of `rank`."""
+        return sum(self.shards[:rank])
+
+
+class Gatherer:
+    """Puts the shards of all ranks together, padding fields to a common length."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        device: torch.device,
+        pad: Mapping[str, float],
+        length_multiple: int,
+        pad_token: int | None,
+        max_length: int | None,
+    ) -> None:
+        self.transport, self.device = transport, device
+        self.rules: dict[str, float | None] = {**_PAD, **pad}
+        self.length_multiple, self.pad_token, self.max_length = length_multiple, pad_token, max_length
+
+    def gather(self, batch: Mapping[str, Any], error: str | None = None) -> GlobalBatch:
+        """The global batch. Collective; `error` is this rank's complaint about its own shard.
+
+        Raises:
+            ValueError: on every rank alike, when shards do not fit together; says which rank and field.
+        """
+        mine: Any = error
+        if error is None:
+            try:
+                mine = _describe(batch)
+            except ValueError as problem:
+                mine = str(problem)
+        everyone = self.transport.all_gather_object(mine, "shapes of the batch")
+        for rank, description in enumerate(everyone):
+            if isinstance(description, str):
+                raise ValueError(f"rank {rank}: {description}")
+        shapes = self._common_shapes([d["tensors"] for d in everyone])
+        for rank, description in enumerate(everyone):
+            if description["plain"] != everyone[0]["plain"]:
+                raise ValueError(
+                    f"ranks 0 and {rank} pass different arguments: {everyone[0]['plain']} and {description['plain']}"
+                )
+        shards = tuple(d["samples"] for d in everyone)
+        fields: dict[str, Any] = {}
+        batched = set()
+        for name, value in batch.items():
+            if not isinstance(value, torch.Tensor):
+                fields[name] = value
+                continue
+            value = value.to(self.device)
+            if not everyone[self.transport.rank]["tensors"][name][2]:
+                fields[name] = value
+                continue
+            batched.add(name)
+            fields[name] = self._gather_field(name, value, shapes[name], shards)
+        own = {name: tuple(batch[name].shape[1:]) for name in batched}
+        return GlobalBatch(fields, frozenset(batched), shards, own)
+
+    def _gather_field(
+        self, name: str, value: torch.Tensor, shape: tuple[int, ...], shards: tuple[int, ...]
+    ) -> torch.Tensor:
+        most = max(shards)
+        if tuple(value.shape) != (most, *shape):
+            whole = torch.full((most, *shape), self._value(name), dtype=value.dtype, device=self.device)
+            whole[tuple(slice(0, n) for n in value.shape)] = value
+            value = whole
+        if self.transport.world_size == 1:
+            return value
+        parts = self.transport.all_gather(value.contiguous(), f"field {name} of the batch")
+        return torch.cat([part[:n] for part, n in zip(parts, shards)])
+
+    def _value(self, name: str) -> float:
+        value = self.rules.get(name, 0)
+        if value is None:
+            return self.pad_token if self.pad_token is not None else 0
+        return value
+
+    def _common_shapes(self, descriptions: list[dict[str, Any]]) -> dict[str, tuple[int, ...]]:
+        """Shape of a sample of each batched field that all ranks pad to."""
+        names = list(descriptions[0])
+        for rank, other in enumerate(descriptions):
+            if sorted(other) != sorted(names):
+                raise ValueError(f"rank 0 passes the fields {sorted(names)}, rank {rank} passes {sorted(other)}")
+        result = {}
+        for name in names:
+            specs = [d[name] for d in descriptions]
+            if any(s[1] != specs[0][1] or len(s[0]) != len(specs[0][0]) for s in specs):
+                raise ValueError(f"field '{name}' has different dtypes or dimensions on different ranks: {specs}")
+            if specs[0][2]:
+                sizes = [max(s[0][d] for s in specs) for d in range(1, len(specs[0][0]))]
+                uneven = any(s[0][1:] != specs[0][0][1:] for s in specs)
+                if uneven:
+                    self._check_can_pad(name, specs, "attention_mask" in names)
+                result[name] = tuple(sizes)
+        return self._round_lengths(result)
+
+    def _round_lengths(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Round the length of the attention mask up, and that of the fields as long as it: few graphs serve all.
+
+        Only where a rule says what to pad each of these fields with.
+        """
+        length = next(iter(shapes.get("attention_mask", ())), None)
+        alike = [name for name, shape in shapes.items() if shape and shape[0] == length]
+        if length is None or any(name not in self.rules for name in alike):
+            return shapes
+        rounded = self._rounded(length)
+        return {n: (rounded, *shape[1:]) if n in alike else shape for n, shape in shapes.items()}
+
+    def _rounded(self, length: int) -> int:
+        rounded = -(-length // self.length_multiple) * self.length_multiple
+        return min(rounded, self.max_length) if self.max_length is not None and self.max_length >= length else rounded
+
+    def _check_can_pad(self, name: str, specs: list[Any], masked: bool) -> None:
+        shapes = [tuple(s[0]) for s in specs]
+        if name not in self.rules:
+            raise ValueError(
+                f"field '{name}' has different sizes on different ranks ({shapes}) and no rule says what to pad it "
+                f"with: pad all batches alike, or set pad: {{{name}: VALUE}} in the rannc config"
+            )
+        if not masked:
+            raise ValueError(
+                f"field '{name}' has different sizes on different ranks ({shapes}), and without an attention_mask "
+                "padding would change the result: pad all batches alike, or pass an attention_mask"
+            )
+
+
+def _describe(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Shapes and dtypes of this rank's shard, small enough to send to everyone."""
+    samples = batch_size(batch)
+    tensors = {
+        k: (tuple(v.shape), str(v.dtype), v.dim() > 0 and v.shape[0] == samples)
+        for k, v in batch.items()
+        if isinstance(v, torch.Tensor)
+    }
+    return {"samples": samples, "tensors": tensors, "plain": {k: repr(v) for k, v in batch.items() if k not in tensors}}

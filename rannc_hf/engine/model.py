@@ -1,0 +1,264 @@
+"""`RanncModel`: the user's model, trained in stages. It is called like the model it wraps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rannc_hf.capture import Graph
+from rannc_hf.capture.export import bind_arguments
+from rannc_hf.config import RanncConfig
+from rannc_hf.engine import state
+from rannc_hf.engine.batch import Gatherer, GlobalBatch
+from rannc_hf.engine.lengths import Lengths
+from rannc_hf.engine.optimizer import OptimizerMap
+from rannc_hf.engine.outputs import evaluation_output, training_output
+from rannc_hf.engine.parameters import ParameterStore
+from rannc_hf.engine.planning import find_plan_for
+from rannc_hf.engine.program import place
+from rannc_hf.engine.runtime import Runtime, describe_shapes
+from rannc_hf.engine.setup import capture_agreed, plan_agreed
+from rannc_hf.engine.transport import Transport
+from rannc_hf.partition.plan import Plan
+
+
+class RanncModel(nn.Module):
+    """Runs `module` in pipeline stages with replicas, over the ranks of `transport`.
+
+    The partition happens at the first batch: only then are its shapes known. Every rank passes its own shard of the
+    global batch, as under DistributedDataParallel.
+
+    - In training, ``model(**batch)`` runs all forwards and backwards and returns the loss over the *global* batch;
+      ``loss.backward()`` publishes the gradients, times the gradient it receives, into ``.grad``.
+    - Under ``model.eval()`` it runs forwards and returns the outputs of this rank's own samples.
+
+    Args:
+        module: any model. Its parameters stay the same objects: those of other ranks are emptied.
+        config: options of planning and training.
+        device: where this rank computes.
+        compute_dtype: dtype of the copies of the parameters that the model computes with (bf16); None for their own.
+        transport: connections between ranks; None for those of torch.distributed.
+        plan: the plan to train with, in place of the config's file or the planner's choice.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: RanncConfig,
+        *,
+        device: torch.device,
+        compute_dtype: torch.dtype | None = None,
+        transport: Transport | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        super().__init__()
+        # Not a registered child: parameters and state belong to the user's model, whose class and API survive.
+        object.__setattr__(self, "module", module)
+        self.module: nn.Module
+        self.config, self.device, self.compute_dtype = config, device, compute_dtype
+        self.transport = transport if transport is not None else _default_transport(config, device)
+        self.plan: Plan | None = None
+        self._given_plan = plan
+        self.graph: Graph | None = None
+        self.store: ParameterStore | None = None
+        self.optimizers = OptimizerMap(dict(module.named_parameters()))
+        model_config = getattr(module, "config", None)
+        self._gatherer = Gatherer(
+            self.transport,
+            device,
+            config.pad,
+            config.length_multiple,
+            getattr(model_config, "pad_token_id", None),
+            getattr(model_config, "max_position_embeddings", None),
+        )
+        self._lengths = Lengths(module, compute_dtype)
+        self._runtimes: dict[Any, Runtime] = {}
+        self._steps = 0
+        self._unpublished: int | None = None
+        self.training = module.training
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether the first batch has come and the parameters are placed."""
+        return self.plan is not None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss (training) or all outputs (evaluation) for this rank's shard of the global batch. Collective."""
+        problem, batch = None, {}
+        try:
+            batch = self._cast_inputs(bind_arguments(self.module, args, kwargs))
+            if self.training and not torch.is_grad_enabled():
+                raise ValueError("training mode without gradients: call model.eval() before evaluating under no_grad")
+        except (TypeError, ValueError) as error:
+            problem = str(error)
+        gathered = self._gatherer.gather(batch, problem)
+        if self.plan is None:
+            self._partition(gathered)
+        assert self.store is not None
+        runtime = self._runtime(gathered)
+        self.store.cast()
+        self._steps += 1
+        with _separate_random_state(runtime.graph, self.device):
+            if not self.training:
+                outputs = runtime.evaluate(gathered, self._steps)
+                own = self._lengths.unpad(outputs, gathered, runtime.graph)
+                return evaluation_output(runtime.graph, own)
+            loss = runtime.train(gathered, self._steps)
+        self._unpublished = self._steps
+        anchor = torch.zeros((), device=self.device, requires_grad=True)
+        return training_output(runtime.graph, _Publish.apply(anchor, loss, self, self._steps))
+
+    def publish(self, scale: torch.Tensor, step: int) -> None:
+        """Give the gradients of step `step`, times `scale`, to the parameters. Called by ``loss.backward()``."""
+        if self._unpublished != step:
+            raise RuntimeError(
+                "backward was called for a loss whose gradients are gone: call loss.backward() once for each loss, "
+                "before the next forward of the model"
+            )
+        assert self.store is not None
+        self._unpublished = None
+        self.store.publish(scale)
+
+    # -- partition -----------------------------------------------------------------------------------------------
+
+    def _partition(self, batch: GlobalBatch) -> None:
+        graph = capture_agreed(self.transport, self.module, batch.fields, self.compute_dtype, training=True)
+        plan = plan_agreed(self.transport, graph, self.config, batch.samples, self.device, self._find_plan)
+        self.store = ParameterStore(self.module, graph, plan, self.transport, self.device, self.compute_dtype)
+        state.move_buffers(self.module, self.transport, self.device)
+        state.guard_state_dict(self.module)
+        self.optimizers.partition(set(self.store.owned))
+        self.plan, self.graph = plan, graph
+
+    def _find_plan(self, graph: Graph, config: RanncConfig, batch_size: int, device: torch.device) -> Plan:
+        if self._given_plan is not None:
+            return self._given_plan
+        return find_plan_for(graph, config, batch_size, device, self.transport.world_size)
+
+    def _runtime(self, batch: GlobalBatch) -> Runtime:
+        key = (self.training, describe_shapes(batch))
+        if key not in self._runtimes:
+            assert self.plan is not None and self.graph is not None and self.store is not None
+            graph = capture_agreed(self.transport, self.module, batch.fields, self.compute_dtype, self.training)
+            program = place(graph, self.plan, self.graph)
+            self._runtimes[key] = Runtime(
+                program, self.plan, self.module, self.store, self.transport, self.device, self.config
+            )
+        return self._runtimes[key]
+
+    def _cast_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Floating inputs (images, audio) in the precision the model computes in; targets keep theirs."""
+        if self.compute_dtype is None:
+            return batch
+        return {
+            k: v.to(self.compute_dtype)
+            if isinstance(v, torch.Tensor) and v.is_floating_point() and not k.startswith("label")
+            else v
+            for k, v in batch.items()
+        }
+
+    # -- what users call on a model ------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> RanncModel:
+        """Set training or evaluation mode, of the user's model too."""
+        self.module.train(mode)
+        self.training = mode
+        return self
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters this rank holds, all of them before the first batch."""
+        owned = self.store.owned if self.store is not None else None
+        for name, parameter in self.module.named_parameters(prefix, recurse, remove_duplicate):
+            if owned is None or name.removeprefix(f"{prefix}." if prefix else "") in owned:
+                yield name, parameter
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["module"], name)
+
+    def owns_any(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether any of `parameters` belongs to the wrapped model, on whichever rank it lives."""
+        return self.optimizers.knows_any(parameters)
+
+    def register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the partition edit the optimizer's groups in place, down to the parameters this rank holds."""
+        self.optimizers.register(optimizer)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Clip the norm over all stages, as `torch.nn.utils.clip_grad_norm_` does over one process. Collective."""
+        store = self._partitioned_store("clip_grad_norm_")
+        total = store.norm(float(norm_type))
+        store.scale_gradients(torch.clamp(max_norm / (total + 1e-6), max=1.0))
+        return total
+
+    def clip_grad_value_(self, clip_value: float) -> None:
+        """Clip each gradient element of the parameters this rank holds."""
+        torch.nn.utils.clip_grad_value_(self._partitioned_store("clip_grad_value_").owned.values(), clip_value)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """For scripts written for DDP. Gradients are exact after every backward, so there is nothing to hold back."""
+        yield
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole state on the CPU of rank 0, an empty dict elsewhere. Collective."""
+        if self.store is None:
+            return dict(self.module.state_dict()) if self.transport.rank == 0 else {}
+        return state.gather(self.module, self.store, self.transport)
+
+    def load_full_state_dict(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Load a whole state, given alike on every rank; each keeps its part.
+
+        Raises:
+            ValueError: naming missing, unexpected or misshapen entries.
+        """
+        state.load(self.module, self.store, values)
+
+    def _partitioned_store(self, call: str) -> ParameterStore:
+        if self.store is None:
+            raise RuntimeError(f"{call} before the first batch: there are no gradients yet")
+        return self.store
+
+
+class _Publish(torch.autograd.Function):
+    """Returns the loss; its backward publishes gradients that the pipeline has computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, loss: torch.Tensor, model: RanncModel, step: int) -> torch.Tensor:
+        ctx.model, ctx.step = model, step
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None]:
+        ctx.model.publish(gradients[0], ctx.step)
+        return None, None, None, None
+
+
+@contextlib.contextmanager
+def _separate_random_state(graph: Graph, device: torch.device) -> Iterator[None]:
+    """Blocks seed their own random numbers; the user's generators continue as if they had not."""
+    if not any(block.random for block in graph.blocks):
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+        yield
+
+
+def _default_transport(config: RanncConfig, device: torch.device) -> Transport:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from rannc_hf.engine.transport.distributed import DistributedTransport
+
+        return DistributedTransport(config.timeout_s, device)
+    from rannc_hf.engine.transport.local import LocalWorld
+
+    return LocalWorld(1, config.timeout_s).transports[0]
+
+

@@ -1,0 +1,58 @@
+"""Optimizers made by the user over the original parameters, kept valid through the partition."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import nn
+
+
+class OptimizerMap:
+    """Edits param_groups of registered optimizers in place, because schedulers hold the optimizer and its groups.
+
+    The user's Parameter objects survive the partition (they become views of flat masters), so groups only lose the
+    parameters that other ranks hold.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._owned: Collection[str] | None = None
+        self._layout: dict[int, list[list[str | None]]] = {}
+
+    def knows_any(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether any of `parameters` is one of the model's."""
+        return any(id(p) in self._names for p in parameters)
+
+    def register(self, optimizer: torch.optim.Optimizer) -> None:
+        """Edit `optimizer` at the partition, or now if that has been."""
+        if optimizer in self._optimizers:
+            return
+        self._optimizers.append(optimizer)
+        if self._owned is not None:
+            self._edit(optimizer, self._owned)
+
+    def partition(self, owned: Collection[str]) -> None:
+        """Drop parameters outside of `owned` from all registered optimizers."""
+        self._owned = owned
+        for optimizer in self._optimizers:
+            self._edit(optimizer, owned)
+
+    def layout(self, optimizer: torch.optim.Optimizer) -> list[list[str | None]]:
+        """Parameter names of each group as the user made it; None for parameters of other models."""
+        return self._layout[id(optimizer)]
+
+    def _edit(self, optimizer: torch.optim.Optimizer, owned: Collection[str]) -> None:
+        self._layout[id(optimizer)] = [
+            [self._names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups
+        ]
+        for group in optimizer.param_groups:
+            kept = []
+            for parameter in group["params"]:
+                name = self._names.get(id(parameter))
+                if name is None or name in owned:
+                    kept.append(parameter)
+                else:
+                    optimizer.state.pop(parameter, None)
+            group["params"] = kept

@@ -1,0 +1,133 @@
+"""One placed graph on one rank: runs training steps and evaluations of batches that have the graph's shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from rannc_hf.capture.graph import Graph
+from rannc_hf.config import RanncConfig
+from rannc_hf.engine.batch import GlobalBatch
+from rannc_hf.engine.executor import Executor, Microbatch, Step, channels
+from rannc_hf.engine.outputs import output_channels, route_outputs
+from rannc_hf.engine.parameters import ParameterStore
+from rannc_hf.engine.program import Program
+from rannc_hf.engine.routes import microbatch_sizes, slices
+from rannc_hf.engine.schedule import lower, lower_forward
+from rannc_hf.engine.stage import Functions, StageReplica
+from rannc_hf.engine.transport import Transport
+from rannc_hf.partition.plan import Plan
+
+
+class Runtime:
+    """The executor of one placed graph, with what each of its steps needs. Making one is collective."""
+
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        model: nn.Module,
+        store: ParameterStore,
+        transport: Transport,
+        device: torch.device,
+        config: RanncConfig,
+    ) -> None:
+        self.program, self.plan, self.transport, self.device = program, plan, transport, device
+        self.graph: Graph = program.graph
+        self.store = store
+        self.functions = Functions(self.graph, device)
+        self._model = model
+        self._constants = {name: value.to(device) for name, value in self.graph.constants.items()}
+        stage = next(i for i, s in enumerate(plan.stages) if transport.rank in s.ranks)
+        replica = StageReplica(
+            program.stages[stage],
+            self.functions,
+            store.compute,
+            recompute=plan.stages[stage].recompute == "blocks",
+            seed=config.seed,
+        )
+        self.executor = Executor(program, plan, replica, store, transport, device)
+        self._edges = {(e.producer, e.consumer): bool(e.gradients) for e in program.edges}
+        opened = channels(program, plan)
+        if not self.graph.training:
+            opened |= output_channels(program, transport.world_size)
+        transport.open(opened, store.reduce_groups)
+
+    def train(self, batch: GlobalBatch, number: int) -> torch.Tensor:
+        """Forward and backward of the whole batch; the global loss, equal on all ranks. Gradients are not published."""
+        replicas = max(s.replicas for s in self.plan.stages)
+        sizes = microbatch_sizes(batch.samples, self.plan.batch_size, self.plan.microbatches, replicas)
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        microbatches = [Microbatch(i, a, a + n) for i, (a, n) in enumerate(zip(starts, sizes))]
+        inputs, batched = self._inputs(batch)
+        counts = self.counts(inputs, batched, 0, batch.samples)
+        step = Step(microbatches, inputs, batched, [counts] * len(microbatches), number, train=True)
+        self.store.begin_step()
+        actions = lower(self.plan.schedule, len(self.plan.stages), len(microbatches), self._edges)
+        self.executor.run(actions[self.executor.stage], step)
+        assert self.graph.loss is not None
+        loss = torch.zeros((), dtype=self.graph.values[self.graph.loss].dtype, device=self.device)
+        for index in sorted(step.losses):
+            loss += step.losses[index]
+        everyone = tuple(range(self.transport.world_size))
+        self.transport.all_reduce(loss, everyone, "the loss").wait()
+        return loss
+
+    def evaluate(self, batch: GlobalBatch, number: int) -> dict[str, torch.Tensor]:
+        """Outputs by path for this rank's own samples; the loss is that of this rank's samples."""
+        nominal = -(-self.plan.batch_size // self.plan.microbatches)
+        inputs, batched = self._inputs(batch)
+        microbatches: list[Microbatch] = []
+        owners: list[int] = []
+        counts: list[Mapping[str, torch.Tensor]] = []
+        for rank, samples in enumerate(batch.shards):
+            first = batch.first(rank)
+            # A microbatch has one owner, so a mean over the owner's samples is exact for each of them.
+            for start, stop in slices(samples, -(-samples // nominal)) if samples else ():
+                microbatches.append(Microbatch(len(microbatches), first + start, first + stop))
+                owners.append(rank)
+            shard_counts = self.counts(inputs, batched, first, first + samples) if samples else {}
+            counts += [shard_counts] * (len(microbatches) - len(counts))
+        step = Step(microbatches, inputs, batched, counts, number, train=False)
+        outputs = route_outputs(self.executor, step, owners)
+        actions = lower_forward(len(self.plan.stages), len(microbatches), self._edges)
+        with torch.no_grad():
+            self.executor.run(actions[self.executor.stage], step)
+            return outputs.collect()
+
+    def counts(
+        self, inputs: Mapping[str, torch.Tensor], batched: frozenset[str], start: int, stop: int
+    ) -> dict[str, torch.Tensor]:
+        """Values of the graph's global counts for samples `start` to `stop`."""
+        samples = stop - start
+        result = {}
+        part = {n: v[start:stop] if n in batched else v for n, v in inputs.items()}
+        nodes = tuple(dict.fromkeys(c.node for c in self.graph.counts if c.node is not None))
+        sums = self.functions.preamble(nodes, samples, part)
+        for count in self.graph.counts:
+            dtype = self.graph.values[count.placeholder].dtype
+            if count.node is not None:
+                result[count.placeholder] = sums[count.node].to(dtype)
+            else:
+                result[count.placeholder] = torch.tensor(count.per_sample * samples, dtype=dtype, device=self.device)
+        return result
+
+    def _inputs(self, batch: GlobalBatch) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+        """Graph inputs by placeholder, and which of them have samples."""
+        inputs = {p: batch.fields[f] for p, f in self.graph.batch_inputs.items()}
+        for placeholder, name in self.graph.buffer_inputs.items():
+            inputs[placeholder] = self._model.get_buffer(name)
+        inputs.update(self._constants)
+        return inputs, frozenset(p for p, f in self.graph.batch_inputs.items() if f in batch.batched)
+
+
+def describe_shapes(batch: GlobalBatch) -> tuple[Sequence[object], ...]:
+    """What a graph is captured for: shapes of a sample and dtypes of all fields, and plain arguments."""
+    tensors = {k: v for k, v in batch.fields.items() if isinstance(v, torch.Tensor)}
+    plain = {k: repr(v) for k, v in batch.fields.items() if k not in tensors}
+    shapes = [
+        (k, tuple(v.shape[1:]) if k in batch.batched else tuple(v.shape), str(v.dtype)) for k, v in tensors.items()
+    ]
+    return (tuple(sorted(shapes)), tuple(sorted(plain.items())))

@@ -1,0 +1,85 @@
+"""From a model and its first batch to a plan that all ranks agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from rannc_hf.capture import Graph, capture
+from rannc_hf.config import RanncConfig
+from rannc_hf.engine.transport import Transport
+from rannc_hf.partition.plan import Plan
+
+T = TypeVar("T")
+
+
+def agree(transport: Transport, what: str, work: Callable[[], T], signature: Callable[[T], Any] = lambda _: None) -> T:
+    """Do `work` on every rank; if it fails on any, or results differ by `signature`, fail alike on all. Collective.
+
+    Raises:
+        ValueError: with the first failing rank's message.
+    """
+    result: T | None = None
+    try:
+        result = work()
+        outcome: tuple[bool, Any] = (True, signature(result))
+    except (ValueError, OSError) as error:
+        failure = error
+        outcome = (False, str(error))
+    outcomes = transport.all_gather_object(outcome, what)
+    for rank, (good, detail) in enumerate(outcomes):
+        if not good:
+            if rank == transport.rank:
+                raise failure
+            raise ValueError(f"rank {rank}: {detail}")
+        if detail != outcomes[0][1]:
+            raise ValueError(
+                f"{what}: ranks 0 and {rank} differ ({outcomes[0][1]} and {detail}); all ranks must build the same "
+                "model and use the same config"
+            )
+    assert result is not None
+    return result
+
+
+def capture_agreed(
+    transport: Transport, model: nn.Module, batch: dict[str, Any], dtype: torch.dtype | None, training: bool
+) -> Graph:
+    """Capture on every rank, and make sure that all have the same graph."""
+    return agree(
+        transport,
+        "capture of the model",
+        lambda: capture(model, batch, dtype=dtype, training=training),
+        lambda graph: graph.structural_hash,
+    )
+
+
+def plan_agreed(
+    transport: Transport, graph: Graph, config: RanncConfig, batch_size: int, device: torch.device, find: Callable[..., Plan]
+) -> Plan:
+    """The plan of the config's file, or the best one found by rank 0; checked against the graph on every rank."""
+
+    def make() -> Plan | None:
+        if transport.rank != 0:
+            return None
+        plan = Plan.load(config.plan) if config.plan is not None else find(graph, config, batch_size, device)
+        plan.check(graph, transport.world_size)
+        if config.plan_output is not None:
+            plan.save(config.plan_output)
+        return plan
+
+    plans = [make_result for make_result in transport.all_gather_object(_attempt(make), "the plan")]
+    good, detail = plans[0]
+    if not good:
+        raise ValueError(detail)
+    return Plan.from_json(detail)
+
+
+def _attempt(make: Callable[[], Plan | None]) -> tuple[bool, str]:
+    try:
+        plan = make()
+    except (ValueError, OSError) as error:
+        return False, str(error)
+    return True, plan.to_json() if plan is not None else ""

@@ -1,0 +1,91 @@
+"""Whole states by Hugging Face names: gathered to rank 0, loaded from every rank's copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rannc_hf.engine.parameters import ParameterStore
+from rannc_hf.engine.transport import Transport
+
+
+def move_buffers(model: nn.Module, transport: Transport, device: torch.device) -> None:
+    """Put buffers on the device, with rank 0's values where they are part of the state."""
+    persistent = set(model.state_dict().keys())
+    for name, buffer in list(model.named_buffers()):
+        owner, _, key = name.rpartition(".")
+        value = buffer.to(device).contiguous()
+        if name in persistent and transport.world_size > 1:
+            transport.broadcast(value, 0, f"buffer {name}")
+        model.get_submodule(owner)._buffers[key] = value
+
+
+def guard_state_dict(model: nn.Module) -> None:
+    """Make `model.state_dict()` fail with the line to change: this rank holds only a part of the parameters.
+
+    Called on one rank alone (`if accelerator.is_main_process: ...`), a gather would wait for ever.
+    """
+    original = model.state_dict
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            "this process holds only its stage's parameters, so model.state_dict() and model.save_pretrained() alone "
+            "cannot work. On every process (not under `if accelerator.is_main_process`), write\n"
+            "    state = accelerator.get_state_dict(model)\n"
+            "    accelerator.unwrap_model(model).save_pretrained(\n"
+            "        directory, is_main_process=accelerator.is_main_process, state_dict=state)"
+        )
+
+    object.__setattr__(model, "_rannc_state_dict", original)
+    object.__setattr__(model, "state_dict", refuse)
+
+
+def gather(model: nn.Module, store: ParameterStore, transport: Transport) -> dict[str, torch.Tensor]:
+    """The model's whole state dict on the CPU of rank 0, in the model's order; {} on other ranks. Collective."""
+    owned = store.owned
+    values: dict[str, torch.Tensor] = {}
+    for name, parameter in store.originals.items():
+        source = store.owner_ranks[name][0]
+        if transport.world_size == 1:
+            values[name] = parameter.detach().cpu().clone()
+            continue
+        device = store.device
+        value = owned[name].detach().clone() if name in owned else torch.empty(
+            parameter.shape, dtype=parameter.dtype, device=device
+        )
+        transport.broadcast(value, source, f"parameter {name}")
+        if transport.rank == 0:
+            values[name] = value.cpu()
+    if transport.rank != 0:
+        return {}
+    names = {id(p): name for name, p in store.originals.items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    result = {}
+    for key, value in model._rannc_state_dict().items():  # type: ignore[operator]
+        result[key] = values[names[id(parameters[key])]] if key in parameters else value.detach().cpu()
+    return result
+
+
+def load(model: nn.Module, store: ParameterStore | None, values: Mapping[str, torch.Tensor]) -> None:
+    """Copy `values` into the parameters and buffers this rank holds."""
+    if store is None:
+        model.load_state_dict(values)
+        return
+    expected = model._rannc_state_dict()  # type: ignore[operator]
+    names = {id(p): name for name, p in store.originals.items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = [key for key in expected if key not in values]
+    unexpected = [key for key in values if key not in expected]
+    odd = [k for k in expected if k in values and tuple(values[k].shape) != tuple(expected[k].shape)]
+    if missing or unexpected or odd:
+        raise ValueError(f"state does not fit the model: missing {missing}, unexpected {unexpected}, wrong shape {odd}")
+    owned = store.owned
+    with torch.no_grad():
+        for key, held in expected.items():
+            if key not in parameters:
+                held.copy_(values[key])
+            elif (name := names[id(parameters[key])]) in owned:
+                owned[name].copy_(values[key])

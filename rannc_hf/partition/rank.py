@@ -1,0 +1,87 @@
+"""Simulating candidates under the schedules that fit, and ordering them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rannc_hf.partition.dp import Candidate
+from rannc_hf.partition.simulate import Edge, Simulation, StageTimes, simulate
+from rannc_hf.partition.stages import Stage, StageModel, in_flight
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A candidate with its schedule, simulated."""
+
+    candidate: Candidate
+    schedule: str
+    simulation: Simulation
+
+
+def rank(models: dict[int, StageModel], candidates: Sequence[Candidate]) -> list[Outcome]:
+    """Simulate candidates under every schedule that fits and is allowed; the fastest first."""
+    outcomes = []
+    for c in candidates:
+        model = models[c.microbatches]
+        wanted = model.problem.config.schedule
+        for schedule in ("1f1b", "gpipe") if wanted == "auto" and len(c.stages) > 1 else (_default(wanted),):
+            choice = _recompute(model, c, schedule)
+            if choice is not None:
+                fitted = Candidate(c.microbatches, c.stages, choice, c.estimate_us)
+                outcomes.append(Outcome(fitted, schedule, _simulate(model, fitted, schedule)))
+    # 1F1B holds fewer microbatches: it wins unless GPipe is faster by more than rounding.
+    return sorted(outcomes, key=lambda o: o.simulation.step_us * (1.0 if o.schedule == "1f1b" else 1.001))
+
+
+def _default(schedule: str) -> str:
+    return "1f1b" if schedule == "auto" else schedule
+
+
+def _recompute(model: StageModel, c: Candidate, schedule: str) -> tuple[str, ...] | None:
+    choices = []
+    for index, stage in enumerate(c.stages):
+        choice = model.recompute(stage, in_flight(schedule, len(c.stages), index, c.microbatches))
+        if choice is None:
+            return None
+        choices.append(choice)
+    return tuple(choices)
+
+
+def _simulate(model: StageModel, c: Candidate, schedule: str) -> Simulation:
+    ranks = list(stage_ranks(c.stages))
+    times = []
+    for stage, recompute, own in zip(c.stages, c.recompute, ranks):
+        forward, backward = model.times(stage, recompute)
+        ways = model.problem.ways(own[0], stage.replicas)
+        times.append(StageTimes(forward, backward, model.tail_us(stage, ways)))
+    return simulate(times, _edges(model, c.stages, ranks), schedule, c.microbatches)
+
+
+def stage_ranks(stages: Sequence[Stage]) -> Iterator[tuple[int, ...]]:
+    first = 0
+    for stage in stages:
+        yield tuple(range(first, first + stage.replicas))
+        first += stage.replicas
+
+
+def _edges(model: StageModel, stages: Sequence[Stage], ranks: Sequence[tuple[int, ...]]) -> list[Edge]:
+    """One edge for each pair of stages that values go between, skipping stages or not."""
+    cluster = model.problem.cluster
+    stage_of = [s for s, stage in enumerate(stages) for _ in range(stage.first, stage.last + 1)]
+    sizes: dict[tuple[int, int], list[float]] = {}
+    for value in model.problem.segments.crossings:
+        source = stage_of[value.producer]
+        for destination in {stage_of[c] for c in value.consumers} - {source}:
+            amount = sizes.setdefault((source, destination), [0.0, 0.0])
+            amount[0] += value.constant + value.per_sample * model.samples
+            amount[1] += (value.constant + value.per_sample * model.samples) * value.needs_grad
+    edges = []
+    for (source, destination), (forward, backward) in sorted(sizes.items()):
+        both = (*ranks[source], *ranks[destination])
+        link = cluster.link(min(both), max(both))
+        # Within a node each pair of devices has its own link; between nodes all share the node's.
+        share = 1 if link is cluster.inter else min(len(ranks[source]), len(ranks[destination]))
+        back = link.time_us(backward / share) if backward else None
+        edges.append(Edge(source, destination, link.time_us(forward / share), back))
+    return edges

@@ -1,0 +1,83 @@
+"""`find_plan`: the fastest plan for a graph on a cluster.
+
+For each number of microbatches, exact dynamic programming over stages and replicas (`dp.py`) on estimated times; the
+best candidates of all are then simulated event by event, and the best simulated one wins.
+"""
+
+from __future__ import annotations
+
+from rannc_hf.capture.graph import Graph
+from rannc_hf.config import RanncConfig
+from rannc_hf.cost.table import CostTable
+from rannc_hf.partition.cluster import Cluster
+from rannc_hf.partition.explain import explain_failure, explain_plan, why_slower
+from rannc_hf.partition.plan import Plan, RunnerUp, StagePlan
+from rannc_hf.partition.rank import Outcome, rank, stage_ranks
+from rannc_hf.partition.space import PlanError, check_options, search
+from rannc_hf.partition.stages import Problem, StageModel, in_flight
+
+__all__ = ["PlanError", "find_plan"]
+
+_SIMULATED = 16
+"""How many candidates are simulated."""
+_RUNNERS_UP = 5
+
+
+def find_plan(
+    graph: Graph, costs: CostTable, cluster: Cluster, batch_size: int, config: RanncConfig | None = None
+) -> Plan:
+    """The fastest plan that trains `graph` with global batches of `batch_size` samples on all devices of `cluster`.
+
+    Raises ValueError that names the option where options of `config` cannot be met, and PlanError where no plan fits
+    into memory.
+    """
+    problem = Problem(graph, costs, cluster, batch_size, config or RanncConfig())
+    check_options(problem)
+    models: dict[int, StageModel] = {}
+    candidates = search(problem, models)
+    if not candidates:
+        raise explain_failure(problem)
+    outcomes = rank(models, candidates[:_SIMULATED])
+    best, others = outcomes[0], _distinct(outcomes)
+    return Plan(
+        stages=_stage_plans(models[best.candidate.microbatches], best),
+        batch_size=batch_size,
+        microbatches=best.candidate.microbatches,
+        schedule=best.schedule,
+        graph_hash=graph.structural_hash,
+        step_time_us=best.simulation.step_us,
+        why=explain_plan(best, len(candidates), others),
+        runners_up=tuple(_runner_up(best, o) for o in others[:_RUNNERS_UP]),
+    )
+
+
+def _distinct(outcomes: list[Outcome]) -> list[Outcome]:
+    """The best of each other shape: plans that differ from the best one in more than where a stage ends."""
+    by_shape: dict[tuple[object, ...], Outcome] = {}
+    for o in outcomes:
+        by_shape.setdefault((tuple(s.replicas for s in o.candidate.stages), o.candidate.microbatches), o)
+    return list(by_shape.values())[1:]
+
+
+def _stage_plans(model: StageModel, outcome: Outcome) -> tuple[StagePlan, ...]:
+    c = outcome.candidate
+    plans = []
+    for index, (stage, recompute, ranks) in enumerate(zip(c.stages, c.recompute, stage_ranks(c.stages))):
+        held = in_flight(outcome.schedule, len(c.stages), index, c.microbatches)
+        forward, backward = model.times(stage, recompute)
+        memory = model.memory(stage, held, recompute)
+        plans.append(StagePlan(stage.first, stage.last, ranks, recompute, forward, backward, memory))
+    return tuple(plans)
+
+
+def _runner_up(best: Outcome, other: Outcome) -> RunnerUp:
+    c = other.candidate
+    return RunnerUp(
+        blocks=tuple(s.last - s.first + 1 for s in c.stages),
+        replicas=tuple(s.replicas for s in c.stages),
+        microbatches=c.microbatches,
+        schedule=other.schedule,
+        recompute=c.recompute,
+        step_time_us=other.simulation.step_us,
+        reason=why_slower(best, other),
+    )

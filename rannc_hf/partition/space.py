@@ -1,0 +1,125 @@
+"""The space of plans: which numbers of microbatches, stages and replicas the options allow, and the search over it."""
+
+from __future__ import annotations
+
+from rannc_hf.partition.dp import Candidate, Limits, best_candidates, fits
+from rannc_hf.partition.stages import Problem, StageModel
+
+_SLACK = 1.1
+"""A number of microbatches whose bound is this much above the best estimate is not searched."""
+_COLUMNS = 64
+"""Above this many devices, replicas are multiples of a number of devices."""
+
+
+class PlanError(ValueError):
+    """No plan fits; the message says what is missing and what would make it fit."""
+
+
+def check_options(problem: Problem) -> None:
+    """Raise ValueError, naming the option, where options contradict the model, the cluster or the batch."""
+    config, size, blocks, batch = (
+        problem.config,
+        problem.cluster.size,
+        problem.segments.count,
+        problem.batch_size,
+    )
+    if batch < 1:
+        raise ValueError(f"batch_size is {batch}, not a number of samples of at least 1")
+    if config.stages != "auto" and config.stages > min(size, blocks):
+        raise ValueError(
+            f"rannc config: stages={config.stages} is not possible with {size} devices and {blocks} blocks in the "
+            f"model; use at most {min(size, blocks)}"
+        )
+    if config.replicas != "auto":
+        if sum(config.replicas) != size:
+            raise ValueError(
+                f"rannc config: replicas={list(config.replicas)} are {sum(config.replicas)} ranks, "
+                f"but there are {size} devices"
+            )
+        if len(config.replicas) > blocks:
+            raise ValueError(
+                f"rannc config: replicas={list(config.replicas)} are for {len(config.replicas)} stages, "
+                f"but the model has {blocks} blocks"
+            )
+    if config.microbatches != "auto":
+        if config.microbatches > batch or not _whole(batch, config.microbatches):
+            fits = max(m for m in range(1, min(batch, config.microbatches) + 1) if _whole(batch, m))
+            raise ValueError(
+                f"rannc config: microbatches={config.microbatches} does not cut a batch of {batch} samples into equal "
+                f"parts (or parts with one sample less in the last ones); {fits} does"
+            )
+        needed = max(config.replicas) if config.replicas != "auto" else 1
+        if batch // config.microbatches < needed:
+            raise ValueError(
+                f"rannc config: microbatches={config.microbatches} leaves {batch // config.microbatches} samples in a "
+                f"microbatch of batch {batch}, but replicas={list(config.replicas)} need {needed}, one each"
+            )
+
+
+def _whole(batch: int, microbatches: int) -> bool:
+    """Whether the samples of a microbatch lead back to that many microbatches."""
+    return -(-batch // -(-batch // microbatches)) == microbatches
+
+
+def microbatch_counts(problem: Problem) -> list[int]:
+    """Numbers of microbatches to try: powers of two and divisors of the batch, or the user's."""
+    config, batch = problem.config, problem.batch_size
+    if config.microbatches != "auto":
+        return [config.microbatches]
+    powers = {2**k for k in range(batch.bit_length()) if 2**k <= batch}
+    divisors = {m for m in range(1, batch + 1) if batch % m == 0}
+    return sorted(m for m in powers | divisors if _whole(batch, m))
+
+
+def replica_choices(problem: Problem, microbatches: int) -> list[int]:
+    """Numbers of replicas a stage may have: no more than a microbatch has samples."""
+    size = problem.cluster.size
+    most = min(size, problem.batch_size // microbatches)
+    if problem.config.replicas != "auto":
+        wanted = set(problem.config.replicas)
+        return sorted(wanted) if max(wanted) <= most else []
+    unit = next(u for u in range(1, size + 1) if size % u == 0 and size // u <= _COLUMNS)
+    return list(range(unit, most + 1, unit))
+
+
+def limits(problem: Problem) -> Limits:
+    """Numbers of stages to try."""
+    config = problem.config
+    if config.replicas != "auto":
+        return Limits(len(config.replicas), exact=True, replicas=config.replicas)
+    if config.stages != "auto":
+        return Limits(config.stages, exact=True)
+    return Limits(min(problem.cluster.size, problem.segments.count, _COLUMNS))
+
+
+def search(problem: Problem, models: dict[int, StageModel]) -> list[Candidate]:
+    """Candidates for all numbers of microbatches, the best estimate first; fills `models` for the ones searched."""
+    for microbatches in microbatch_counts(problem):
+        if replicas := replica_choices(problem, microbatches):
+            models[microbatches] = StageModel(problem, microbatches, replicas)
+    found: list[Candidate] = []
+    best = float("inf")
+    for model in sorted(models.values(), key=lambda m: (m.step_bound, m.microbatches)):
+        if model.step_bound >= best * _SLACK:
+            break
+        found += best_candidates(model, _schedule(problem), limits(problem), best * _SLACK)
+        best = min([best, *(c.estimate_us for c in found)])
+    return sorted(found, key=lambda c: (c.estimate_us, c.microbatches, len(c.stages), c.stages))
+
+
+def any_fits(problem: Problem) -> bool:
+    """Whether any plan fits into memory. Small microbatches need the least, so the two largest counts decide."""
+    tried = 0
+    for microbatches in reversed(microbatch_counts(problem)):
+        if replicas := replica_choices(problem, microbatches):
+            if fits(StageModel(problem, microbatches, replicas), _schedule(problem), limits(problem)):
+                return True
+            tried += 1
+            if tried == 2:
+                break
+    return False
+
+
+def _schedule(problem: Problem) -> str:
+    # 1F1B is as fast as GPipe and holds fewer microbatches: GPipe is only searched when it is wanted.
+    return "gpipe" if problem.config.schedule == "gpipe" else "1f1b"

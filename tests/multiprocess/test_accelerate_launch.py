@@ -1,0 +1,105 @@
+"""Unmodified scripts under `accelerate launch`: two stages in two processes give what DistributedDataParallel gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.multiprocess
+
+SCRIPTS = Path(__file__).parent / "scripts"
+ACCELERATE_LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch"]
+RANNC_LAUNCH = ["-c", "from rannc_hf.integrations.launch import main; main()"]
+DDP = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "MULTI_GPU",
+    "use_cpu": True,
+    "num_machines": 1,
+    "machine_rank": 0,
+    "num_processes": 2,
+    "mixed_precision": "no",
+    "main_process_port": 0,
+}
+
+
+def start(*command, timeout=240, **environ):
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
+    environ.pop("RANNC_CONFIG", None)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout)
+
+
+def train(folder, script, settings, *arguments, **environ):
+    """What the main process of a script records."""
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    result = start(*ACCELERATE_LAUNCH, "--config_file", config, SCRIPTS / script, *arguments, **environ)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (record,) = [line for line in result.stdout.splitlines() if line.startswith("RECORD ")]
+    return json.loads(record.removeprefix("RECORD "))
+
+
+def train_both(tmp_path, script, arguments):
+    """Records under DistributedDataParallel and under RaNNC, compared, and the folders of their outputs."""
+    ddp, ours = tmp_path / "ddp", tmp_path / "ours"
+    ddp.mkdir()
+    ours.mkdir()
+    # Without this, accelerate alone would let both processes train on their own.
+    expected = train(ddp, script, DDP, *arguments(ddp), ACCELERATE_USE_CPU="true")
+    plan = ours / "plan.json"
+    section = {"stages": 2, "microbatches": 2, "plan_output": str(plan)}
+    actual = train(ours, script, {**DDP, "rannc_config": section}, *arguments(ours))
+    assert (expected.pop("model"), actual.pop("model")) == ("DistributedDataParallel", "RanncModel")
+    assert len(json.loads(plan.read_text())["stages"]) == 2
+    assert actual.keys() == expected.keys()
+    for key in expected:
+        assert close(actual[key], expected[key]), f"{key}: {actual[key]} != {expected[key]}"
+    return expected, ddp, ours
+
+
+def close(actual, expected):
+    if isinstance(expected, dict):
+        return actual.keys() == expected.keys() and all(close(actual[k], expected[k]) for k in expected)
+    if isinstance(expected, list):
+        return len(actual) == len(expected) and all(map(close, actual, expected))
+    return actual == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def same_weights(actual, expected):
+    actual, expected = load_file(actual), load_file(expected)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_classifier(tmp_path):
+    record, ddp, ours = train_both(tmp_path, "classify.py", lambda folder: ["--output_dir", folder])
+    assert record["processes"] == 2
+    assert len(record["logits"]) == 2 * 21, "gather_for_metrics gives each sample once"
+    assert record["losses"][0] > record["losses"][4] and len(record["losses"]) == 8
+    same_weights(ours / "model.safetensors", ddp / "model.safetensors")
+
+
+def test_masked_language_model_with_accumulation_and_clipping(tmp_path):
+    record, ddp, ours = train_both(tmp_path, "masked_lm.py", lambda folder: [folder])
+    assert len(record["losses"]) == 10 and len(record["norms"]) == 6
+    assert min(record["norms"]) > 0.5, "every step is clipped"
+    assert len(record["scores"]) == 2 * 21
+    assert [entry.get("epoch") for entry in record["tracked"]] == [None, 0, 1]
+    for name in ("pretrained", "saved"):
+        same_weights(ours / name / "model.safetensors", ddp / name / "model.safetensors")
+
+
+def test_saving_in_the_main_process_alone_is_an_error_at_once(tmp_path):
+    options = ["--cpu", "--num_processes", "2", "--main_process_port", "0", "--rannc", '{"stages": 2}']
+    result = start(*RANNC_LAUNCH, *options, SCRIPTS / "save_on_main.py", tmp_path / "out")
+    assert result.stdout.count("trained") == 2, result.stderr
+    assert result.returncode != 0
+    assert "state = accelerator.get_state_dict(model)" in result.stderr
+    assert not list(tmp_path.rglob("*.safetensors"))

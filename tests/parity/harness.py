@@ -1,0 +1,201 @@
+"""The parity harness: a model, a batch and a plan against the plain model in one process.
+
+`check` compares the loss and every gradient, parameters after a few optimizer steps with clipping, and evaluation
+outputs, all ranks running in this process.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rannc_hf.capture import capture
+from rannc_hf.config import RanncConfig
+from rannc_hf.engine import RanncModel
+from rannc_hf.engine.transport import LocalWorld, Transport
+from rannc_hf.partition.plan import Plan, StagePlan
+
+CPU = torch.device("cpu")
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest difference allowed, relative to the largest magnitude of the tensor compared."""
+
+    gradient: float
+    parameter: float
+
+
+EXACT = Tolerance(1e-9, 1e-9)
+"""For float64: what remains is the order of additions, so anything larger is a bug."""
+SINGLE = Tolerance(1e-5, 1e-5)
+
+
+def even_plan(
+    graph: Any,
+    replicas: Sequence[int],
+    microbatches: int,
+    batch_size: int,
+    schedule: str = "1f1b",
+    recompute: str = "none",
+) -> Plan:
+    """A plan with about equally many blocks in each stage."""
+    blocks = len(graph.blocks)
+    count = len(replicas)
+    assert blocks >= count, f"{blocks} blocks cannot make {count} stages"
+    bounds = [round(i * blocks / count) for i in range(count + 1)]
+    starts = [sum(replicas[:i]) for i in range(count)]
+    stages = tuple(
+        StagePlan(a, b - 1, tuple(range(s, s + r)), recompute)
+        for a, b, s, r in zip(bounds, bounds[1:], starts, replicas)
+    )
+    return Plan(stages, batch_size, microbatches, schedule, graph.structural_hash)
+
+
+def shards(batch: Mapping[str, torch.Tensor], ranks: int) -> list[dict[str, torch.Tensor]]:
+    """The batch split over ranks as evenly as possible."""
+    samples = next(iter(batch.values())).shape[0]
+    sizes = [samples // ranks + (i < samples % ranks) for i in range(ranks)]
+    parts = {k: v.split(sizes) for k, v in batch.items()}
+    return [{k: p[r] for k, p in parts.items()} for r in range(ranks)]
+
+
+def loss_of(outputs: Any) -> torch.Tensor:
+    """The loss among a model's outputs."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs["loss"]
+
+
+def difference(a: torch.Tensor, b: torch.Tensor, floor: float) -> float:
+    """Largest difference relative to the largest magnitude, which counts as at least `floor`."""
+    return (a - b).abs().max().item() / max(b.abs().max().item(), floor) if b.numel() else 0.0
+
+
+def largest(tensors: Iterable[torch.Tensor | None]) -> float:
+    """Largest magnitude in any of the tensors."""
+    return max(t.abs().max().item() for t in tensors if t is not None and t.numel())
+
+
+@dataclass
+class Result:
+    """What one run gives: losses, gradients of the first step, parameters after the last."""
+
+    losses: list[float]
+    gradients: dict[str, torch.Tensor | None]
+    parameters: dict[str, torch.Tensor]
+    norms: list[float]
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW with the usual two groups. Its epsilon is large: with a small one, Adam turns gradients that are zero but
+    for rounding into steps of the full learning rate."""
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for _, p in named if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for _, p in named if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, eps=1e-5)
+
+
+def plain(model: nn.Module, batch: Mapping[str, torch.Tensor], steps: int) -> Result:
+    """Training in one process."""
+    model = copy.deepcopy(model).train()
+    optimizer = optimizer_of(model)
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        loss = loss_of(model(**batch))
+        loss.backward()
+        if step == 0:
+            gradients = {n: p.grad.clone() if p.grad is not None else None for n, p in model.named_parameters()}
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return Result(losses, gradients, {n: p.detach().clone() for n, p in model.named_parameters()}, norms)
+
+
+def pipelined(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], plan: Plan, steps: int, config: RanncConfig
+) -> Result:
+    """Training over the plan's ranks in this process; every rank has its own copy of the model."""
+    ranks = plan.world_size
+    parts = shards(batch, ranks)
+
+    def run(transport: Transport) -> tuple[Any, ...]:
+        own = copy.deepcopy(model).train()
+        optimizer = optimizer_of(own)
+        wrapped = RanncModel(own, config, device=CPU, transport=transport, plan=plan)
+        wrapped.register_optimizer(optimizer)
+        losses, norms, gradients = [], [], {}
+        for step in range(steps):
+            loss = loss_of(wrapped(**parts[transport.rank]))
+            loss.backward()
+            if step == 0:
+                assert wrapped.store is not None
+                gradients = {
+                    n: p.grad.clone() if p.grad is not None else None for n, p in wrapped.store.owned.items()
+                }
+            norms.append(float(wrapped.clip_grad_norm_(0.5)))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses, gradients, norms, {n: p.detach().clone() for n, p in wrapped.store.owned.items()}
+
+    results = LocalWorld(ranks).run(run)
+    gradients: dict[str, torch.Tensor | None] = {}
+    parameters: dict[str, torch.Tensor] = {}
+    for losses, own, norms, weights in results:
+        assert losses == results[0][0] and norms == results[0][2], "ranks disagree on the loss or the norm"
+        for name in own:
+            if name in gradients and own[name] is not None:
+                assert torch.equal(own[name], gradients[name]), f"replicas hold different gradients of {name}"
+                assert torch.equal(weights[name], parameters[name]), f"replicas hold different values of {name}"
+        gradients.update(own)
+        parameters.update(weights)
+    return Result(results[0][0], gradients, parameters, results[0][2])
+
+
+def compare(result: Result, reference: Result, tolerance: Tolerance) -> None:
+    """Assert that two runs agree; names the parameter where they do not."""
+    assert set(result.gradients) == set(reference.gradients)
+    for step, (a, b) in enumerate(zip(result.losses, reference.losses)):
+        assert abs(a - b) <= tolerance.gradient * abs(b), f"loss of step {step}: {a} against {b}"
+    # Some gradients are zero but for rounding (biases of attention keys): these are compared with the others' size.
+    floor = 1e-3 * largest(reference.gradients.values())
+    for name, wanted in reference.gradients.items():
+        found = result.gradients[name]
+        assert (found is None) == (wanted is None), f"gradient of {name}: {found} against {wanted}"
+        if found is not None and wanted is not None:
+            off = difference(found, wanted, floor)
+            assert off <= tolerance.gradient, f"gradient of {name} is off by {off:.1e}"
+    for a, b in zip(result.norms, reference.norms):
+        assert abs(a - b) <= tolerance.gradient * abs(b), f"gradient norms {result.norms} against {reference.norms}"
+    for name, wanted in reference.parameters.items():
+        off = difference(result.parameters[name], wanted, LEARNING_RATE)
+        assert off <= tolerance.parameter, f"{name} is off by {off:.1e} after the optimizer steps"
+
+
+def check(
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    replicas: Sequence[int],
+    *,
+    microbatches: int = 2,
+    schedule: str = "1f1b",
+    recompute: str = "none",
+    steps: int = 5,
+    tolerance: Tolerance = EXACT,
+) -> None:
+    """Train both ways and compare. With `EXACT`, the model must be in float64."""
+    samples = next(iter(batch.values())).shape[0]
+    graph = capture(model.train(), batch)
+    plan = even_plan(graph, replicas, microbatches, samples, schedule, recompute)
+    result = pipelined(model, batch, plan, steps, RanncConfig(length_multiple=1))
+    compare(result, plain(model, batch, steps), tolerance)
