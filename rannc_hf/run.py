@@ -5,7 +5,8 @@
 
 Launchers start this file in every worker: `accelerate launch` with a `rannc_config:` section, `rannc launch`, or by
 hand `accelerate launch -m rannc_hf.run script.py`. The options come from RANNC_CONFIG. The script sees the `sys.argv`,
-`sys.path` and `__main__` it would see without us.
+`sys.path` and `__main__` it would see without us, but accelerate and transformers are imported before it runs: what
+they read from the environment at that time (HF_HOME, HF_HUB_OFFLINE) must be set outside of the script.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ def main() -> None:
         sys.exit("usage: python -m rannc_hf.run [-m] SCRIPT [ARGUMENT ...]")
     script = sys.argv[0]
     if not sys.flags.safe_path:
-        # Python put this file's folder (or, for `-m`, the working directory) first.
-        sys.path[0] = os.getcwd() if as_module else os.path.dirname(os.path.realpath(script))
+        # This file's folder (or, for `-m`, the working directory), whose modules could shadow what we import.
+        sys.path.pop(0)
     _replace_accelerator()
+    if not sys.flags.safe_path:
+        sys.path.insert(0, os.getcwd() if as_module else os.path.dirname(os.path.realpath(script)))
     if as_module:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
     else:

@@ -203,13 +203,9 @@ def _check_loss(graph: Graph) -> None:
 
 
 def _hash(blocks: tuple[Block, ...], specs: Mapping[str, ParameterSpec]) -> str:
-    position: dict[str, str] = {}
-    text: list[str] = []
-    for block in blocks:
-        inputs = ",".join(position.get(v, "?") for v in block.inputs)
-        position.update({v: f"{block.index}.{i}" for i, v in enumerate(block.outputs)})
-        text.append(f"{block.key}({inputs};{','.join(block.parameters)})")
-    text += [f"{p.name}{p.shape}{p.trainable}" for p in specs.values()]
+    """What the meaning of a plan depends on: parameters, and which block uses which. Lengths may differ."""
+    text = [f"{block.name}:{','.join(block.parameters)}" for block in blocks]
+    text += [f"{p.name}{p.shape}{p.trainable}{p.aliases}" for p in specs.values()]
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 

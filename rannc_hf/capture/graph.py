@@ -125,7 +125,7 @@ class Graph:
     output_leaves: tuple[str | None, ...] = ()
     """For each leaf of `output_spec`, its path in `outputs`; None for what is not a tensor or is not computed."""
     structural_hash: str = field(default="")
-    """Hash of operations, wiring, shapes, dtypes and parameter names; a plan is bound to it."""
+    """Hash of the parameters and of which block uses which; a plan is bound to it."""
 
     def producer(self, value: str) -> int:
         """Index of the block that computes `value`."""

@@ -115,10 +115,10 @@ class Executor:
     def _forward(self, action: Action, step: Step) -> None:
         microbatch = step.microbatches[action.microbatch]
         start, stop = self.span(microbatch)
-        # Without samples (evaluation of a small batch) one made-up sample keeps values that all samples share right.
+        # Without samples (evaluation of a small batch) any one sample keeps values that all samples share right.
         samples = max(stop - start, 1)
         inputs = {name: parts[0] for name, parts in self._arrived(step, ActionKind.RECV_ACT, microbatch.index).items()}
-        first = microbatch.start + start
+        first = microbatch.start + (start if stop > start else 0)
         batch = {
             name: value[first : first + samples] if name in step.batched else value
             for name, value in step.batch.items()

@@ -143,7 +143,13 @@ class RanncModel(nn.Module):
         key = (self.training, describe_shapes(batch))
         if key not in self._runtimes:
             assert self.plan is not None and self.graph is not None and self.store is not None
-            graph = capture_agreed(self.transport, self.module, batch.fields, self.compute_dtype, self.training)
+            # The first training batch is the one the plan was made for: it is captured already.
+            planned = not self._runtimes and self.training
+            graph = (
+                self.graph
+                if planned
+                else capture_agreed(self.transport, self.module, batch.fields, self.compute_dtype, self.training)
+            )
             program = place(graph, self.plan, self.graph)
             self._runtimes[key] = Runtime(
                 program, self.plan, self.module, self.store, self.transport, self.device, self.config

@@ -51,8 +51,8 @@ def capture_agreed(
     return agree(
         transport,
         "capture of the model",
-        lambda: capture(model, batch, dtype=dtype, training=training),
-        lambda graph: graph.structural_hash,
+        lambda: transport.once(lambda: capture(model, batch, dtype=dtype, training=training), "capture of the model"),
+        lambda graph: (graph.structural_hash, [block.key for block in graph.blocks]),
     )
 
 
@@ -70,7 +70,7 @@ def plan_agreed(
             plan.save(config.plan_output)
         return plan
 
-    plans = [make_result for make_result in transport.all_gather_object(_attempt(make), "the plan")]
+    plans = transport.all_gather_object(_attempt(make), "the plan")
     good, detail = plans[0]
     if not good:
         raise ValueError(detail)

@@ -20,7 +20,7 @@ from torch import nn
 
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
-from rannc_hf.integrations.refusals import refuse, unsupported_processes, unsupported_settings
+from rannc_hf.integrations.refusals import refuse, unsupported_caller, unsupported_processes, unsupported_settings
 
 _COMPUTE_DTYPES = {"no": None, "bf16": torch.bfloat16}
 
@@ -41,6 +41,9 @@ class RanncAccelerator(Accelerator):
     is_rannc_accelerator = True
 
     def __init__(self, *args: Any, rannc: RanncConfig | Mapping[str, Any] | str | None = None, **kwargs: Any) -> None:
+        caller = inspect.currentframe()
+        if caller is not None and caller.f_back is not None:
+            refuse(unsupported_caller(caller.f_back.f_globals.get("__name__", "")))
         self.rannc = RanncConfig.load(rannc)
         given = inspect.signature(Accelerator.__init__).bind(self, *args, **kwargs).arguments
         refuse(unsupported_settings(given, os.environ))
@@ -48,11 +51,6 @@ class RanncAccelerator(Accelerator):
         refuse(unsupported_processes(self.distributed_type.value, self.device, os.environ))
 
     # Preparation
-
-    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
-        """As in accelerate, in any order: models are prepared first, so that the optimizers find them."""
-        prepared = [self.prepare_model(arg) if isinstance(arg, nn.Module) else arg for arg in args]
-        return super().prepare(*prepared, device_placement=device_placement)
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
@@ -97,7 +95,7 @@ class RanncAccelerator(Accelerator):
         return prepared
 
     def _connect(self, prepared: Any) -> None:
-        """Have the model edit the optimizer's groups once it is partitioned."""
+        """Have the model edit the optimizer's groups when it is partitioned, whichever of the two came first."""
         optimizer = prepared.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for model in self._partitioned:
@@ -226,4 +224,4 @@ class _Weights(nn.Module):
 
 
 def _as_list(parameters: nn.Parameter | Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    return [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)

@@ -96,10 +96,10 @@ def _our_section_taken_out() -> Iterator[dict[str, Any]]:
 
 
 def _accelerate_config(args: argparse.Namespace) -> Any:
-    """The config file that accelerate is about to read, or None where it reads none."""
+    """The config file for this launch as accelerate reads it, or None where there is none."""
     from accelerate.commands.config import default_config_file, load_config_from_file
 
-    if args.config_file is None and (args.cpu or not os.path.isfile(default_config_file)):
+    if args.config_file is None and not os.path.isfile(default_config_file):
         return None
     return load_config_from_file(args.config_file)
 

@@ -95,5 +95,16 @@ def unsupported_processes(distributed_type: str, device: torch.device, environ: 
     return []
 
 
+def unsupported_caller(module: str) -> list[str]:
+    """Reasons against the module that makes the Accelerator."""
+    if module != "transformers.trainer":
+        return []
+    return [
+        "transformers.Trainer divides and multiplies losses for DistributedDataParallel, whose loss is that of one "
+        "process, while RaNNC returns the loss of the whole batch; use a script with a training loop of its own and "
+        "accelerate, or train without RaNNC"
+    ]
+
+
 def _is_true(flag: str | None) -> bool:
     return (flag or "").lower() in ("true", "1", "yes", "y", "on", "t")

@@ -7,55 +7,32 @@ from dataclasses import dataclass
 
 from rannc_hf.partition.dp import Candidate
 from rannc_hf.partition.simulate import Edge, Simulation, StageTimes, simulate
-from rannc_hf.partition.stages import Stage, StageModel, in_flight
+from rannc_hf.partition.stages import Stage, StageModel
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A candidate with its schedule, simulated."""
+    """A candidate, simulated."""
 
     candidate: Candidate
-    schedule: str
     simulation: Simulation
 
 
 def rank(models: dict[int, StageModel], candidates: Sequence[Candidate]) -> list[Outcome]:
-    """Simulate candidates under every schedule that fits and is allowed; the fastest first."""
-    outcomes = []
-    for c in candidates:
-        model = models[c.microbatches]
-        wanted = model.problem.config.schedule
-        for schedule in ("1f1b", "gpipe") if wanted == "auto" and len(c.stages) > 1 else (_default(wanted),):
-            choice = _recompute(model, c, schedule)
-            if choice is not None:
-                fitted = Candidate(c.microbatches, c.stages, choice, c.estimate_us)
-                outcomes.append(Outcome(fitted, schedule, _simulate(model, fitted, schedule)))
+    """Simulate candidates; the fastest first."""
+    outcomes = [Outcome(c, _simulate(models[c.microbatches], c)) for c in candidates]
     # 1F1B holds fewer microbatches: it wins unless GPipe is faster by more than rounding.
-    return sorted(outcomes, key=lambda o: o.simulation.step_us * (1.0 if o.schedule == "1f1b" else 1.001))
+    return sorted(outcomes, key=lambda o: o.simulation.step_us * (1.0 if o.candidate.schedule == "1f1b" else 1.001))
 
 
-def _default(schedule: str) -> str:
-    return "1f1b" if schedule == "auto" else schedule
-
-
-def _recompute(model: StageModel, c: Candidate, schedule: str) -> tuple[str, ...] | None:
-    choices = []
-    for index, stage in enumerate(c.stages):
-        choice = model.recompute(stage, in_flight(schedule, len(c.stages), index, c.microbatches))
-        if choice is None:
-            return None
-        choices.append(choice)
-    return tuple(choices)
-
-
-def _simulate(model: StageModel, c: Candidate, schedule: str) -> Simulation:
+def _simulate(model: StageModel, c: Candidate) -> Simulation:
     ranks = list(stage_ranks(c.stages))
     times = []
     for stage, recompute, own in zip(c.stages, c.recompute, ranks):
         forward, backward = model.times(stage, recompute)
         ways = model.problem.ways(own[0], stage.replicas)
         times.append(StageTimes(forward, backward, model.tail_us(stage, ways)))
-    return simulate(times, _edges(model, c.stages, ranks), schedule, c.microbatches)
+    return simulate(times, _edges(model, c.stages, ranks), c.schedule, c.microbatches)
 
 
 def stage_ranks(stages: Sequence[Stage]) -> Iterator[tuple[int, ...]]:

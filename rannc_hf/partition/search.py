@@ -43,7 +43,7 @@ def find_plan(
         stages=_stage_plans(models[best.candidate.microbatches], best),
         batch_size=batch_size,
         microbatches=best.candidate.microbatches,
-        schedule=best.schedule,
+        schedule=best.candidate.schedule,
         graph_hash=graph.structural_hash,
         step_time_us=best.simulation.step_us,
         why=explain_plan(best, len(candidates), others),
@@ -63,7 +63,7 @@ def _stage_plans(model: StageModel, outcome: Outcome) -> tuple[StagePlan, ...]:
     c = outcome.candidate
     plans = []
     for index, (stage, recompute, ranks) in enumerate(zip(c.stages, c.recompute, stage_ranks(c.stages))):
-        held = in_flight(outcome.schedule, len(c.stages), index, c.microbatches)
+        held = in_flight(c.schedule, len(c.stages), index, c.microbatches)
         forward, backward = model.times(stage, recompute)
         memory = model.memory(stage, held, recompute)
         plans.append(StagePlan(stage.first, stage.last, ranks, recompute, forward, backward, memory))
@@ -76,7 +76,7 @@ def _runner_up(best: Outcome, other: Outcome) -> RunnerUp:
         blocks=tuple(s.last - s.first + 1 for s in c.stages),
         replicas=tuple(s.replicas for s in c.stages),
         microbatches=c.microbatches,
-        schedule=other.schedule,
+        schedule=c.schedule,
         recompute=c.recompute,
         step_time_us=other.simulation.step_us,
         reason=why_slower(best, other),

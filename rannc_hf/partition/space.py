@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rannc_hf.partition.dp import Candidate, Limits, best_candidates, fits
+from rannc_hf.partition.dp import Candidate, Limits, best_candidates, even_candidates, fits
 from rannc_hf.partition.stages import Problem, StageModel
 
-_SLACK = 1.1
-"""A number of microbatches whose bound is this much above the best estimate is not searched."""
+_SLACK = 1.02
+"""Candidates of each number of microbatches are collected up to this much above the best estimate."""
 _COLUMNS = 64
 """Above this many devices, replicas are multiples of a number of devices."""
 
@@ -93,18 +93,25 @@ def limits(problem: Problem) -> Limits:
 
 
 def search(problem: Problem, models: dict[int, StageModel]) -> list[Candidate]:
-    """Candidates for all numbers of microbatches, the best estimate first; fills `models` for the ones searched."""
+    """Candidates for all numbers of microbatches, the best estimate first; fills `models` for the ones tried."""
     for microbatches in microbatch_counts(problem):
         if replicas := replica_choices(problem, microbatches):
             models[microbatches] = StageModel(problem, microbatches, replicas)
-    found: list[Candidate] = []
-    best = float("inf")
-    for model in sorted(models.values(), key=lambda m: (m.step_bound, m.microbatches)):
-        if model.step_bound >= best * _SLACK:
-            break
-        found += best_candidates(model, _schedule(problem), limits(problem), best * _SLACK)
-        best = min([best, *(c.estimate_us for c in found)])
-    return sorted(found, key=lambda c: (c.estimate_us, c.microbatches, len(c.stages), c.stages))
+    allowed = limits(problem)
+    tasks = [(model, schedule) for model in models.values() for schedule in schedules(problem)]
+    found = [c for model, schedule in tasks for c in even_candidates(model, schedule, allowed)]
+    best = min((c.estimate_us for c in found), default=float("inf"))
+    for model, schedule in sorted(tasks, key=lambda t: t[0].step_bound):
+        if model.step_bound < best:
+            found += best_candidates(model, schedule, allowed, best * _SLACK)
+            best = min((c.estimate_us for c in found), default=best)
+    return sorted(set(found), key=lambda c: (c.estimate_us, c.microbatches, len(c.stages), c.stages, c.schedule))
+
+
+def schedules(problem: Problem) -> list[str]:
+    """Schedules to try."""
+    wanted = problem.config.schedule
+    return [wanted] if wanted != "auto" else ["1f1b", "gpipe"]
 
 
 def any_fits(problem: Problem) -> bool:
@@ -112,14 +119,10 @@ def any_fits(problem: Problem) -> bool:
     tried = 0
     for microbatches in reversed(microbatch_counts(problem)):
         if replicas := replica_choices(problem, microbatches):
-            if fits(StageModel(problem, microbatches, replicas), _schedule(problem), limits(problem)):
+            # 1F1B comes first where it is allowed: it needs the least memory.
+            if fits(StageModel(problem, microbatches, replicas), schedules(problem)[0], limits(problem)):
                 return True
             tried += 1
             if tried == 2:
                 break
     return False
-
-
-def _schedule(problem: Problem) -> str:
-    # 1F1B is as fast as GPipe and holds fewer microbatches: GPipe is only searched when it is wanted.
-    return "gpipe" if problem.config.schedule == "gpipe" else "1f1b"

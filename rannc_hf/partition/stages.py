@@ -5,11 +5,12 @@ Arrays are [i, r, j]. All replicas of a stage are as slow as the one with the mo
 
 A step with M microbatches is estimated as
 
-    sum over stages of (t + 2 x)  +  max over stages of ((M - 1) max(t, x + y) + tail)
+    sum over stages of (t + 2 x)  +  max over stages of ((M - 1) p + tail)
 
 t is forward and backward of one microbatch (with recomputation), x and y are transfers of one microbatch into and out
 of the stage, and tail is what is left of the gradient reduction when the backwards are done, and the optimizer. The
-first term is the first microbatch on its way through all stages and back, the second what the slowest stage adds.
+first term is the first microbatch on its way through all stages and back, the second what the slowest stage adds: a
+microbatch every p = max(t, x + y) under GPipe, p = t + x + y under 1F1B.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class StageModel:
         self.forward, self.backward = np.zeros(shape), np.zeros(shape)
         self.kept_none, self.kept_blocks, self.extra_none, self.extra_blocks = (np.zeros(shape) for _ in range(4))
         self.work = np.full(n, _NEVER)
-        self.fill_bound = _NEVER
+        self.sum_bound = _NEVER
         for index, r in enumerate(self.replicas):
             self._fill(index, -(-self.samples // r), r)
         self._tails()
@@ -107,7 +108,7 @@ class StageModel:
             for name in ("forward_us", "backward_us", "saved_bytes", "output_bytes", "workspace_bytes")
         )
         self.work = np.minimum(self.work, (forward + backward) * replicas)
-        self.fill_bound = min(self.fill_bound, float((forward + backward).sum()))
+        self.sum_bound = min(self.sum_bound, float((forward + backward).sum()))
         self.forward[:, index] = _sums(forward)
         self.backward[:, index] = _sums(backward)
         received = seg.received.at(samples) + float(seg.preamble.at(samples))
@@ -161,19 +162,31 @@ class StageModel:
 
     # -- rows for the search -----------------------------------------------------------------------------------------
 
-    def rows(self, i: int, ways: Ways, in_flight: int, ceiling: float) -> Floats:
-        """[r, j - i] what stages that start at block i add to the sum, or infinity.
+    def rows(self, i: int, ways: Ways, levels: Sequence[int], schedule: str, ceiling: float) -> Floats:
+        """[level, r, j - i] what stages that start at block i add to the sum, or infinity.
 
-        It is infinity where the stage does not fit with `in_flight` microbatches, or where its part of the maximum
-        exceeds `ceiling`.
+        It is infinity where the stage does not fit with `levels[level]` microbatches in flight, or where its part of
+        the maximum exceeds `ceiling`. Last blocks that are impossible for all levels and replicas are left out.
         """
-        fits_none = self.flight_none[i, :, i:] >= in_flight
-        time = np.where(fits_none, self.time_none[i, :, i:], self.time_blocks[i, :, i:])
+        added = []
         into = self.transfer[ways.into][:, i, None]
-        out = self.transfer[ways.out][:, i + 1 :]
-        slowest = (self.microbatches - 1) * np.maximum(time, into + out) + self.tail[ways.reduce][i, :, i:]
-        possible = (fits_none | (self.flight_blocks[i, :, i:] >= in_flight)) & (slowest <= ceiling)
-        return np.where(possible, time + 2 * into, _NEVER)
+        moved = into + self.transfer[ways.out][:, i + 1 :]
+        for time in (self.time_none[i, :, i:], self.time_blocks[i, :, i:]):
+            slowest = self._slowest(time, moved, self.tail[ways.reduce][i, :, i:], schedule)
+            added.append(np.where(slowest <= ceiling, time + 2 * into, _NEVER))
+        last = np.flatnonzero(np.isfinite(added[0]).any(axis=0))
+        stop = int(last[-1]) + 1 if len(last) else 0
+        none, blocks = (a[:, :stop] for a in added)
+        fits_none, fits_blocks = (f[i, :, i : i + stop] for f in (self.flight_none, self.flight_blocks))
+        result = np.empty((len(levels), len(self.replicas), stop))
+        for index, level in enumerate(levels):
+            result[index] = np.where(fits_none >= level, none, np.where(fits_blocks >= level, blocks, _NEVER))
+        return result
+
+    def _slowest(self, time: Floats, moved: Floats, tail: Floats, schedule: str) -> Floats:
+        # Under 1F1B a microbatch must be back before the next one starts, so its transfers are not hidden.
+        each = np.maximum(time, moved) if schedule == "gpipe" else time + moved
+        return np.asarray((self.microbatches - 1) * each + tail)
 
     # -- single stages -----------------------------------------------------------------------------------------------
 
@@ -184,14 +197,14 @@ class StageModel:
             return "none"
         return "blocks" if self.flight_blocks[at] >= in_flight else None
 
-    def terms(self, stage: Stage, ways: Ways, recompute: str) -> tuple[float, float]:
+    def terms(self, stage: Stage, ways: Ways, recompute: str, schedule: str) -> tuple[float, float]:
         """What a stage adds to the sum, and its part of the maximum, in microseconds."""
         at = self._at(stage)
         time = float((self.time_none if recompute == "none" else self.time_blocks)[at])
         into = float(self.transfer[ways.into][at[1], stage.first])
-        out = float(self.transfer[ways.out][at[1], stage.last + 1])
-        slowest = (self.microbatches - 1) * max(time, into + out) + float(self.tail[ways.reduce][at])
-        return time + 2 * into, slowest
+        moved = into + float(self.transfer[ways.out][at[1], stage.last + 1])
+        slowest = self._slowest(np.array(time), np.array(moved), self.tail[ways.reduce][at], schedule)
+        return time + 2 * into, float(slowest)
 
     def times(self, stage: Stage, recompute: str) -> tuple[float, float]:
         """Forward and backward of one microbatch in microseconds; the backward computes again where asked to."""

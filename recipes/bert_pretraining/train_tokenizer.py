@@ -27,24 +27,17 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A BERT tokenizer of at most `vocabulary_size` tokens; the special tokens have the ids 0 to 4, [PAD] first.
 
-    `sequence_length` is the longest input, in tokens, that the tokenizer lets pass when asked to truncate.
+    `sequence_length` is the longest input, in tokens, that the tokenizer lets pass when asked to truncate. Equal
+    sentences give an equal vocabulary.
     """
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary_size,
-        min_frequency=2,
-        special_tokens=list(SPECIAL_TOKENS.values()),
-        continuing_subword_prefix="##",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sentences, trainer)
+    vocabulary = _learn_vocabulary(list(sentences), vocabulary_size, lowercase)
+    tokenizer = _without_vocabulary(lowercase)
+    tokenizer.model = models.WordPiece(vocabulary, unk_token="[UNK]")
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -52,6 +45,31 @@ def train_tokenizer(
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         **SPECIAL_TOKENS,
     )
+
+
+def _without_vocabulary(lowercase: bool) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return tokenizer
+
+
+def _learn_vocabulary(sentences: list[str], size: int, lowercase: bool) -> dict[str, int]:
+    """Token to id. The trainer meets words in the order of a hash map that differs from run to run, and gives ids to
+    `##` characters as it meets them, on which ties between merges depend. So it gets those characters in advance.
+    """
+    tokenizer = _without_vocabulary(lowercase)
+    inner: set[str] = set()
+    for sentence in sentences:
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(sentence)):
+            inner.update(word[1:])
+    first = [*SPECIAL_TOKENS.values(), *(f"##{character}" for character in sorted(inner))]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size, min_frequency=2, special_tokens=first, continuing_subword_prefix="##", show_progress=False
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    return tokenizer.get_vocab()
 
 
 def main() -> None:

@@ -92,6 +92,11 @@ def test_processes_that_would_not_train_together(environment):
     assert unsupported_processes("MULTI_CPU", cpu, environment) == []
 
 
+def test_trainer():
+    with pytest.raises(ValueError, match=r"transformers.Trainer.*training loop of its own"):
+        exec("RanncAccelerator()", {"__name__": "transformers.trainer", "RanncAccelerator": RanncAccelerator})
+
+
 def test_processes_are_looked_at_when_made(monkeypatch):
     monkeypatch.setattr(door, "unsupported_processes", lambda *_: ["they are too few"])
     with pytest.raises(ValueError, match="they are too few"):

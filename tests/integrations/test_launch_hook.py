@@ -30,7 +30,8 @@ STOCK = {
 
 
 @pytest.fixture(autouse=True)
-def environment():
+def environment(monkeypatch, tmp_path):
+    monkeypatch.setattr("accelerate.commands.config.default_config_file", str(tmp_path / "none.yaml"))
     with mock.patch.dict(os.environ):
         for name in ("RANNC_CONFIG", "ACCELERATE_USE_CPU"):
             os.environ.pop(name, None)

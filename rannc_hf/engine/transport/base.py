@@ -9,10 +9,12 @@ source replica, destination replica): a backend may run a channel's messages str
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 FORWARD = "forward"
 BACKWARD = "backward"
@@ -121,6 +123,13 @@ class Transport(ABC):
     @abstractmethod
     def broadcast(self, tensor: torch.Tensor, source: int, what: str) -> None:
         """Overwrite `tensor` (contiguous) with that of rank `source`, on the whole world."""
+
+    def once(self, make: Callable[[], T], what: str) -> T:
+        """The result of `make`, which ranks of one process share: there, only the first of them calls it. Collective.
+
+        Whatever `make` raises is raised on every rank that shares it.
+        """
+        return make()
 
     @abstractmethod
     def barrier(self, what: str) -> None:

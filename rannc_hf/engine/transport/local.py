@@ -125,6 +125,18 @@ class LocalTransport(Transport):
         assert tensor.is_contiguous() and 0 <= source < self.world_size, (source, what)
         self._collect(f"broadcast from rank {source}", tensor.detach(), what, mail.broadcast_from(source))
 
+    def once(self, make: Callable[[], T], what: str) -> T:
+        outcome: tuple[T | None, Exception | None] | None = None
+        if self.rank == 0:
+            try:
+                outcome = (make(), None)
+            except Exception as error:
+                outcome = (None, error)
+        result, failure = self._collect("share", outcome, what, lambda outcomes: outcomes[0])
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[no-any-return]
+
     def barrier(self, what: str) -> None:
         self._collect("barrier", None, what, list)
 
