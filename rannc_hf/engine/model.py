@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from rannc_hf.engine.lengths import Lengths
 from rannc_hf.engine.optimizer import OptimizerMap
 from rannc_hf.engine.outputs import evaluation_output, training_output
 from rannc_hf.engine.parameters import ParameterStore
-from rannc_hf.engine.planning import find_plan_for
+from rannc_hf.engine.planning import find_plan_here
 from rannc_hf.engine.program import place
 from rannc_hf.engine.runtime import Runtime, describe_shapes
 from rannc_hf.engine.setup import capture_agreed, plan_agreed
@@ -42,7 +42,7 @@ class RanncModel(nn.Module):
         device: where this rank computes.
         compute_dtype: dtype of the copies of the parameters that the model computes with (bf16); None for their own.
         transport: connections between ranks; None for those of torch.distributed.
-        plan: the plan to train with, in place of the config's file or the planner's choice.
+        planner: makes the plan from the graph and the size of the global batch; None for the config's file or search.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RanncModel(nn.Module):
         device: torch.device,
         compute_dtype: torch.dtype | None = None,
         transport: Transport | None = None,
-        plan: Plan | None = None,
+        planner: Callable[[Graph, int], Plan] | None = None,
     ) -> None:
         super().__init__()
         # Not a registered child: parameters and state belong to the user's model, whose class and API survive.
@@ -62,7 +62,7 @@ class RanncModel(nn.Module):
         self.config, self.device, self.compute_dtype = config, device, compute_dtype
         self.transport = transport if transport is not None else _default_transport(config, device)
         self.plan: Plan | None = None
-        self._given_plan = plan
+        self._planner = planner or self._find_plan
         self.graph: Graph | None = None
         self.store: ParameterStore | None = None
         self.optimizers = OptimizerMap(dict(module.named_parameters()))
@@ -127,17 +127,17 @@ class RanncModel(nn.Module):
 
     def _partition(self, batch: GlobalBatch) -> None:
         graph = capture_agreed(self.transport, self.module, batch.fields, self.compute_dtype, training=True)
-        plan = plan_agreed(self.transport, graph, self.config, batch.samples, self.device, self._find_plan)
+        plan = plan_agreed(self.transport, graph, self.config, batch.samples, self._planner)
         self.store = ParameterStore(self.module, graph, plan, self.transport, self.device, self.compute_dtype)
         state.move_buffers(self.module, self.transport, self.device)
         state.guard_state_dict(self.module)
         self.optimizers.partition(set(self.store.owned))
         self.plan, self.graph = plan, graph
 
-    def _find_plan(self, graph: Graph, config: RanncConfig, batch_size: int, device: torch.device) -> Plan:
-        if self._given_plan is not None:
-            return self._given_plan
-        return find_plan_for(graph, config, batch_size, device, self.transport.world_size)
+    def _find_plan(self, graph: Graph, batch_size: int) -> Plan:
+        if self.config.plan is not None:
+            return Plan.load(self.config.plan)
+        return find_plan_here(graph, self.config, batch_size, self.device, self.transport.world_size)
 
     def _runtime(self, batch: GlobalBatch) -> Runtime:
         key = (self.training, describe_shapes(batch))

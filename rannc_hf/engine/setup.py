@@ -57,29 +57,28 @@ def capture_agreed(
 
 
 def plan_agreed(
-    transport: Transport, graph: Graph, config: RanncConfig, batch_size: int, device: torch.device, find: Callable[..., Plan]
+    transport: Transport, graph: Graph, config: RanncConfig, batch_size: int, find: Callable[[Graph, int], Plan]
 ) -> Plan:
-    """The plan of the config's file, or the best one found by rank 0; checked against the graph on every rank."""
+    """The plan that rank 0 finds, checked against the graph, on every rank. Collective.
 
-    def make() -> Plan | None:
-        if transport.rank != 0:
-            return None
-        plan = Plan.load(config.plan) if config.plan is not None else find(graph, config, batch_size, device)
+    Raises:
+        ValueError: on every rank, with rank 0's message.
+    """
+
+    def make() -> Plan:
+        plan = find(graph, batch_size)
         plan.check(graph, transport.world_size)
         if config.plan_output is not None:
             plan.save(config.plan_output)
         return plan
 
-    plans = transport.all_gather_object(_attempt(make), "the plan")
-    good, detail = plans[0]
-    if not good:
-        raise ValueError(detail)
-    return Plan.from_json(detail)
-
-
-def _attempt(make: Callable[[], Plan | None]) -> tuple[bool, str]:
-    try:
-        plan = make()
-    except (ValueError, OSError) as error:
-        return False, str(error)
-    return True, plan.to_json() if plan is not None else ""
+    outcome: tuple[Plan | None, str] = (None, "")
+    if transport.rank == 0:
+        try:
+            outcome = (make(), "")
+        except (ValueError, OSError) as error:
+            outcome = (None, str(error))
+    plan, problem = transport.all_gather_object(outcome, "the plan")[0]
+    if plan is None:
+        raise ValueError(problem)
+    return plan

@@ -61,18 +61,20 @@ class RanncAccelerator(Accelerator):
         """
         existing = self._find(model)
         if existing is not None:
-            return existing
+            return self._keep(existing)
         if not any(p.requires_grad for p in model.parameters()):
             return super().prepare_model(model, device_placement, evaluation_mode=True)
         self._refuse_model(model)
-        wrapped = RanncModel(
-            model, self.rannc, device=self.device, compute_dtype=_COMPUTE_DTYPES[self.state.mixed_precision]
-        )
-        wrapped._is_accelerate_prepared = True  # type: ignore[assignment]
-        self._models.append(wrapped)
-        for optimizer in self._optimizers:
-            self._connect(optimizer)
-        return wrapped
+        dtype = _COMPUTE_DTYPES[self.state.mixed_precision]
+        return self._keep(RanncModel(model, self.rannc, device=self.device, compute_dtype=dtype))
+
+    def _keep(self, model: RanncModel) -> RanncModel:
+        if model not in self._models:
+            model._is_accelerate_prepared = True  # type: ignore[assignment]
+            self._models.append(model)
+            for optimizer in self._optimizers:
+                self._connect(optimizer)
+        return model
 
     def _refuse_model(self, model: nn.Module) -> None:
         if is_compiled_module(model):

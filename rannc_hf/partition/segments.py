@@ -50,6 +50,8 @@ class Segments:
     """[i, j] bytes that replicas of the stage reduce."""
     trained: Floats
     """[i, j] trained elements."""
+    tensors: Floats
+    """[i, j] trained parameters."""
     received: Linear
     """[i, j] values of earlier blocks that the run uses."""
     entering: Linear
@@ -74,8 +76,7 @@ def segments(graph: Graph) -> Segments:
                 first = consumer + 1
         entering.constant[value.producer + 1 : value.consumers[-1] + 1] += value.constant
         entering.per_sample[value.producer + 1 : value.consumers[-1] + 1] += value.per_sample
-    state, gradient, trained = _parameters(graph)
-    return Segments(count, state, gradient, trained, received, entering, _preamble(graph), crossings)
+    return Segments(count, *_parameters(graph), received, entering, _preamble(graph), crossings)
 
 
 def _crossings(graph: Graph) -> tuple[Crossing, ...]:
@@ -104,21 +105,22 @@ def _linear(graph: Graph, value: str) -> tuple[float, float]:
     return float(2 * one - two), float(two - one)
 
 
-def _parameters(graph: Graph) -> tuple[Floats, Floats, Floats]:
+def _parameters(graph: Graph) -> tuple[Floats, Floats, Floats, Floats]:
+    """State bytes, gradient bytes, trained elements and trained parameters, each [i, j]."""
     users: dict[str, list[int]] = {}
     for block in graph.blocks:
         for name in block.parameters:
             users.setdefault(name, []).append(block.index)
     count = len(graph.blocks)
-    arrays = [np.zeros((count, count)) for _ in range(3)]
+    arrays = [np.zeros((count, count)) for _ in range(4)]
     for name, blocks in users.items():
         spec = graph.parameters[name]
         item = max(4, parameter_bytes(graph, name) // max(1, spec.numel))
         trained = spec.numel if spec.trainable else 0
-        for array, amount in zip(arrays, (state_bytes(graph, name), trained * item, trained)):
+        for array, amount in zip(arrays, (state_bytes(graph, name), trained * item, trained, float(spec.trainable))):
             first = 0
             # Runs that start after the previous user and reach this one: each holds the parameter once.
             for user in blocks:
                 array[first : user + 1, user:] += amount
                 first = user + 1
-    return arrays[0], arrays[1], arrays[2]
+    return arrays[0], arrays[1], arrays[2], arrays[3]

@@ -119,6 +119,10 @@ def test_models():
     with pytest.raises(ValueError, match="one at a time; freeze this one"):
         accelerator.prepare(nn.Linear(2, 2))
     accelerator.free_memory()
+    assert accelerator.prepare(model) is model
+    with pytest.raises(ValueError, match="one at a time"):
+        accelerator.prepare(nn.Linear(2, 2))
+    accelerator.free_memory()
     assert isinstance(accelerator.prepare(nn.Linear(2, 2)), RanncModel)
 
 

@@ -7,21 +7,23 @@ outputs, all ranks running in this process.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from rannc_hf.capture import capture
+from rannc_hf.capture import Graph
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine.transport import LocalWorld, Transport
 from rannc_hf.partition.plan import Plan, StagePlan
 
+T = TypeVar("T")
 CPU = torch.device("cpu")
 LEARNING_RATE = 1e-3
+EXACT_LENGTHS = RanncConfig(length_multiple=1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ SINGLE = Tolerance(1e-5, 1e-5)
 
 
 def even_plan(
-    graph: Any,
+    graph: Graph,
     replicas: Sequence[int],
     microbatches: int,
     batch_size: int,
@@ -121,45 +123,79 @@ def plain(model: nn.Module, batch: Mapping[str, torch.Tensor], steps: int) -> Re
     return Result(losses, gradients, {n: p.detach().clone() for n, p in model.named_parameters()}, norms)
 
 
-def pipelined(
-    model: nn.Module, batch: Mapping[str, torch.Tensor], plan: Plan, steps: int, config: RanncConfig
-) -> Result:
-    """Training over the plan's ranks in this process; every rank has its own copy of the model."""
-    ranks = plan.world_size
-    parts = shards(batch, ranks)
+Planner = Callable[[Graph, int], Plan]
 
-    def run(transport: Transport) -> tuple[Any, ...]:
-        own = copy.deepcopy(model).train()
+
+def planner(replicas: Sequence[int], microbatches: int, schedule: str = "1f1b", recompute: str = "none") -> Planner:
+    """Makes even plans."""
+    return lambda graph, samples: even_plan(graph, replicas, microbatches, samples, schedule, recompute)
+
+
+def on_ranks(
+    model: nn.Module,
+    ranks: int,
+    make_plan: Planner,
+    run: Callable[[RanncModel, torch.optim.Optimizer, int], T],
+    config: RanncConfig = EXACT_LENGTHS,
+    compute_dtype: torch.dtype | None = None,
+) -> list[T]:
+    """`run(wrapped model, optimizer, rank)` as every rank of a local world; every rank has a copy of the model."""
+
+    def body(transport: Transport) -> T:
+        own = copy.deepcopy(model)
         optimizer = optimizer_of(own)
-        wrapped = RanncModel(own, config, device=CPU, transport=transport, plan=plan)
+        wrapped = RanncModel(
+            own, config, device=CPU, transport=transport, planner=make_plan, compute_dtype=compute_dtype
+        )
         wrapped.register_optimizer(optimizer)
+        return run(wrapped, optimizer, transport.rank)
+
+    return LocalWorld(ranks).run(body)
+
+
+def gradients_of(wrapped: RanncModel) -> dict[str, torch.Tensor | None]:
+    """Gradients of the parameters a rank holds."""
+    assert wrapped.store is not None
+    return {n: p.grad.clone() if p.grad is not None else None for n, p in wrapped.store.owned.items()}
+
+
+def pipelined(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], replicas: Sequence[int], make_plan: Planner, steps: int
+) -> Result:
+    """Training over the ranks of a plan in this process."""
+    parts = shards(batch, sum(replicas))
+
+    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> Result:
         losses, norms, gradients = [], [], {}
         for step in range(steps):
-            loss = loss_of(wrapped(**parts[transport.rank]))
+            loss = loss_of(wrapped(**parts[rank]))
             loss.backward()
-            if step == 0:
-                assert wrapped.store is not None
-                gradients = {
-                    n: p.grad.clone() if p.grad is not None else None for n, p in wrapped.store.owned.items()
-                }
+            gradients = gradients_of(wrapped) if step == 0 else gradients
             norms.append(float(wrapped.clip_grad_norm_(0.5)))
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        return losses, gradients, norms, {n: p.detach().clone() for n, p in wrapped.store.owned.items()}
+        assert wrapped.store is not None
+        return Result(losses, gradients, {n: p.detach().clone() for n, p in wrapped.store.owned.items()}, norms)
 
-    results = LocalWorld(ranks).run(run)
+    return merge(on_ranks(model, sum(replicas), make_plan, run))
+
+
+def merge(results: Sequence[Result]) -> Result:
+    """The ranks' results as one; asserts that ranks agree on what several of them hold."""
     gradients: dict[str, torch.Tensor | None] = {}
     parameters: dict[str, torch.Tensor] = {}
-    for losses, own, norms, weights in results:
-        assert losses == results[0][0] and norms == results[0][2], "ranks disagree on the loss or the norm"
-        for name in own:
-            if name in gradients and own[name] is not None:
-                assert torch.equal(own[name], gradients[name]), f"replicas hold different gradients of {name}"
-                assert torch.equal(weights[name], parameters[name]), f"replicas hold different values of {name}"
-        gradients.update(own)
-        parameters.update(weights)
-    return Result(results[0][0], gradients, parameters, results[0][2])
+    for result in results:
+        assert result.losses == results[0].losses, "ranks disagree on the loss"
+        assert result.norms == results[0].norms, "ranks disagree on the norm of the gradients"
+        for name, own in result.gradients.items():
+            other = gradients.get(name)
+            if own is not None and other is not None:
+                assert torch.equal(own, other), f"ranks hold different gradients of {name}"
+                assert torch.equal(result.parameters[name], parameters[name]), f"ranks hold different values of {name}"
+        gradients.update(result.gradients)
+        parameters.update(result.parameters)
+    return Result(results[0].losses, gradients, parameters, results[0].norms)
 
 
 def compare(result: Result, reference: Result, tolerance: Tolerance) -> None:
@@ -194,8 +230,6 @@ def check(
     tolerance: Tolerance = EXACT,
 ) -> None:
     """Train both ways and compare. With `EXACT`, the model must be in float64."""
-    samples = next(iter(batch.values())).shape[0]
-    graph = capture(model.train(), batch)
-    plan = even_plan(graph, replicas, microbatches, samples, schedule, recompute)
-    result = pipelined(model, batch, plan, steps, RanncConfig(length_multiple=1))
+    make_plan = planner(replicas, microbatches, schedule, recompute)
+    result = pipelined(model, batch, replicas, make_plan, steps)
     compare(result, plain(model, batch, steps), tolerance)

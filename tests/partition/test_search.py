@@ -19,7 +19,7 @@ from rannc_hf.partition.search import PlanError, find_plan
 from rannc_hf.partition.space import limits, microbatch_counts, replica_choices, search
 from rannc_hf.partition.stages import Problem, StageModel
 
-SETTINGS = settings(max_examples=300, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 def cluster(nodes, per_node, memory_bytes=10 * GIB, overlaps=True):
@@ -84,7 +84,8 @@ def reference(problem, microbatches, schedule, stages):
             messages = 2 * (replicas - 1) * link.latency_s * len(blocks)
             reduce = (messages + 2 * (replicas - 1) / replicas * 4 * trained / link.bandwidth) * 1e6
         hidden = backward * (1 - 1 / len(blocks)) if c.device.overlaps else 0.0
-        tail = max(reduce / len(blocks), reduce - hidden) + trained * 50 / (c.device.memory_bandwidth * 0.65) * 1e6
+        optimizer = trained * 44 / c.device.memory_bandwidth * 1e6 + len(names) * 2.5 * c.device.kernel_us
+        tail = max(reduce / len(blocks), reduce - hidden) + optimizer
         each = max(time, into + out) if schedule == "gpipe" else time + into + out
         total += time + 2 * into
         slowest = max(slowest, (microbatches - 1) * each + tail)

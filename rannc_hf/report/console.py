@@ -1,0 +1,68 @@
+"""Plans as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from rannc_hf.capture.graph import Graph
+from rannc_hf.partition.plan import Plan, StagePlan
+
+
+def print_plan(plan: Plan, graph: Graph, console: Console | None = None) -> None:
+    """Print the stages of `plan` over the modules of `graph`; to the standard output unless `console` is given."""
+    console = console or Console()
+    table = Table(title="RaNNC plan", title_justify="left", caption=caption(plan), caption_justify="left")
+    table.add_column("stage", justify="right")
+    table.add_column("modules", overflow="fold")
+    for heading in ("params", "ranks", "recompute", "forward", "backward", "memory"):
+        table.add_column(heading, justify="left" if heading in ("ranks", "recompute") else "right", no_wrap=True)
+    for index, stage in enumerate(plan.stages):
+        table.add_row(
+            str(index),
+            module_range(stage, graph),
+            f"{parameter_count(stage, graph) / 1e6:.1f}M",
+            _ranks(stage),
+            stage.recompute,
+            _milliseconds(stage.predicted_forward_us),
+            _milliseconds(stage.predicted_backward_us),
+            f"{stage.predicted_memory_bytes / 2**30:.1f} GiB",
+        )
+    console.print(table)
+
+
+def caption(plan: Plan) -> str:
+    """The batch, the schedule and the predicted step in a line, and why in the next."""
+    seconds = plan.step_time_us / 1e6
+    rate = f", {plan.batch_size / seconds:.1f} samples/s" if seconds else ""
+    line = (
+        f"batch {plan.batch_size} in {plan.microbatches} microbatches, {plan.schedule}, "
+        f"predicted step {seconds * 1e3:.1f} ms{rate}"
+    )
+    return f"{line}\n{plan.why}" if plan.why else line
+
+
+def module_range(stage: StagePlan, graph: Graph) -> str:
+    """The modules in which a stage begins and ends, with the numbers of its blocks."""
+    first, last = graph.blocks[stage.first_block].name, graph.blocks[stage.last_block].name
+    # A block that goes through several modules is called after all of them.
+    first, last = first.split(" + ")[0], last.split(" + ")[-1]
+    blocks = f"({stage.first_block}-{stage.last_block})"
+    return f"{first} {blocks}" if first == last else f"{first} … {last} {blocks}"
+
+
+def parameter_count(stage: StagePlan, graph: Graph) -> int:
+    """Elements of the parameters that a stage computes with; a tied weight counts in each stage that has it."""
+    names = {p for b in graph.blocks[stage.first_block : stage.last_block + 1] for p in b.parameters}
+    return sum(graph.parameters[n].numel for n in names)
+
+
+def _ranks(stage: StagePlan) -> str:
+    first, last = stage.ranks[0], stage.ranks[-1]
+    if stage.ranks == tuple(range(first, last + 1)):
+        return str(first) if first == last else f"{first}-{last}"
+    return ", ".join(map(str, stage.ranks))
+
+
+def _milliseconds(us: float) -> str:
+    return f"{us / 1e3:.2f} ms" if us < 1e5 else f"{us / 1e3:.0f} ms"

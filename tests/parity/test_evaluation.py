@@ -1,0 +1,98 @@
+"""Evaluation gives each rank the outputs of its own samples, whatever their number and length."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from rannc_hf.config import RanncConfig
+from rannc_hf.engine import RanncModel
+from tests.parity.harness import difference, loss_of, on_ranks, planner, shards
+from tests.parity.models import CASES, Batch
+
+
+def tensors(outputs: Any) -> list[torch.Tensor]:
+    """The tensors of a model's outputs."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+def shortened(batch: Batch, rank: int) -> Batch:
+    """The batch as a collator would have padded it on this rank: to another length on each."""
+    if "input_ids" not in batch:
+        return batch
+    length = batch["input_ids"].shape[1] - rank
+    return {k: v[:, :length].contiguous() if v.dim() > 1 else v for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("replicas", [(1, 1), (1, 3), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_are_each_ranks_own(name: str, replicas: tuple[int, ...]):
+    case = CASES[name]
+    model, ranks = case.model(), sum(replicas)
+    training = shards(case.batch_as(8), ranks)
+    # 7 samples: ranks own different numbers, microbatches are smaller than the replicas of a stage.
+    own = [shortened(part, rank) for rank, part in enumerate(shards(case.batch_as(7), ranks))]
+
+    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> Any:
+        loss_of(wrapped(**training[rank])).backward()
+        wrapped.eval()
+        with torch.no_grad():
+            return wrapped(**own[rank])
+
+    results = on_ranks(model, ranks, planner(replicas, 2), run, RanncConfig(length_multiple=8))
+    plain = copy.deepcopy(model).eval()
+    for rank, outputs in enumerate(results):
+        with torch.no_grad():
+            extra = {"use_cache": False} if name == "t5" else {}
+            expected = plain(**own[rank], **extra)
+        assert type(outputs) is type(expected)
+        assert [t.shape for t in tensors(outputs)] == [t.shape for t in tensors(expected)]
+        for found, wanted in zip(tensors(outputs), tensors(expected)):
+            assert difference(found, wanted, 1e-9) < 1e-9
+
+
+def test_without_labels_and_back_to_training():
+    case = CASES["bert"]
+    model = case.model()
+    whole = shards(case.batch_as(8), 2)
+    unlabelled = [{k: v for k, v in part.items() if "label" not in k} for part in whole]
+
+    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> Any:
+        first = wrapped(**whole[rank]).loss
+        first.backward()
+        optimizer.zero_grad()
+        wrapped.eval()
+        outputs = wrapped(**unlabelled[rank])
+        wrapped.train()
+        return first.item(), wrapped(**whole[rank]).loss.item(), outputs
+
+    results = on_ranks(model, 2, planner((1, 1), 2), run)
+    for rank, (before, after, outputs) in enumerate(results):
+        assert before == after
+        expected = copy.deepcopy(model).eval()(**unlabelled[rank])
+        assert outputs.loss is None
+        assert difference(outputs.prediction_logits, expected.prediction_logits, 1e-9) < 1e-9
+
+
+def test_evaluation_ignores_dropout():
+    case = CASES["bert"]
+    model = case.model()
+    model.config.hidden_dropout_prob = 0.5
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    parts = shards(case.batch_as(8), 2)
+
+    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> Any:
+        wrapped(**parts[rank]).loss.backward()
+        wrapped.eval()
+        return wrapped(**parts[rank])
+
+    results = on_ranks(model, 2, planner((1, 1), 2), run)
+    plain = copy.deepcopy(model).eval()
+    for rank, outputs in enumerate(results):
+        assert difference(outputs.prediction_logits, plain(**parts[rank]).prediction_logits, 1e-9) < 1e-9
