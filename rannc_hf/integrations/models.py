@@ -61,6 +61,9 @@ def build_model(spec: str, task: str, overrides: Mapping[str, Any] | None = None
     config = _config(spec)
     _override(config, dict(overrides or {}), proportional=spec in MODELS)
     config.use_cache = False
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        # A bare configuration lacks it; any token leads to the same step.
+        config.decoder_start_token_id = 0
     auto = getattr(transformers, TASKS[task])
     try:
         with torch.device("meta"), warnings.catch_warnings():

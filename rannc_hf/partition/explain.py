@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -74,8 +75,8 @@ def explain_failure(problem: Problem) -> ValueError:
     state = float(problem.segments.state_bytes[0, -1])
     total = size * limit
     lines = [
-        f"no plan fits on {problem.cluster}: a plan may use {limit / GIB:.2f} GiB of each device",
-        f"  parameters, gradients and optimizer need {state / GIB:.2f} GiB, all devices have {total / GIB:.2f} GiB",
+        f"no plan fits on {problem.cluster}: a plan may use {limit / GIB:.4g} GiB of each device",
+        f"  parameters, gradients and optimizer need {state / GIB:.4g} GiB, all devices have {total / GIB:.4g} GiB",
         f"  {_largest_block(problem)}",
     ]
     remedies = list(_remedies(problem))
@@ -121,8 +122,8 @@ def _largest_block(problem: Problem) -> str:
     worst = int(np.argmax(activations + state))
     return (
         f"the largest block ({problem.graph.blocks[worst].name}) alone needs "
-        f"{(activations[worst] + state[worst]) / GIB:.2f} GiB: {state[worst] / GIB:.2f} for its parameters and "
-        f"{activations[worst] / GIB:.2f} for activations of {-(-model.samples // replicas[index])} samples"
+        f"{(activations[worst] + state[worst]) / GIB:.4g} GiB: {state[worst] / GIB:.4g} for its parameters and "
+        f"{activations[worst] / GIB:.4g} for activations of {-(-model.samples // replicas[index])} samples"
     )
 
 
@@ -139,7 +140,7 @@ def _remedies(problem: Problem) -> list[str]:
     if memory is not None:
         limited = config.memory_limit_gib != "auto"
         what = "`memory_limit_gib` of at least" if limited else "devices on which a plan may use at least"
-        found.append(f"{what} {memory:.1f} GiB")
+        found.append(f"{what} {_gib(memory)} GiB")
     if config.replicas == "auto":
         for doubling in range(1, _DOUBLINGS + 1):
             larger = _larger(problem.cluster, 2**doubling)
@@ -149,13 +150,19 @@ def _remedies(problem: Problem) -> list[str]:
     return found
 
 
+def _gib(number: float) -> str:
+    """Three digits, never less than `number`."""
+    step = 10.0 ** (math.floor(math.log10(number)) - 2)
+    return f"{math.ceil(number / step) * step:.4g}"
+
+
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
 def _least(enough: Callable[[float], bool], problem: Problem) -> float | None:
-    """The least memory of a device in GiB that is enough, rounded up by at most 2 %."""
-    low = problem.memory_bytes / GIB
+    """The least memory of a device in GiB that is enough, found to 2 %."""
+    low = max(problem.memory_bytes, float(problem.segments.state_bytes[0, -1]) / problem.cluster.size) / GIB
     high = low
     for _ in range(_DOUBLINGS):
         high *= 2

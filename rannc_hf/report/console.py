@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -12,21 +13,26 @@ from rannc_hf.partition.plan import Plan, StagePlan
 def print_plan(plan: Plan, graph: Graph, console: Console | None = None) -> None:
     """Print the stages of `plan` over the modules of `graph`; to the standard output unless `console` is given."""
     console = console or Console()
-    table = Table(title="RaNNC plan", title_justify="left", caption=caption(plan), caption_justify="left")
+    table = Table(
+        title="RaNNC plan", caption=caption(plan), title_justify="left", caption_justify="left", box=SIMPLE_HEAD
+    )
     table.add_column("stage", justify="right")
-    table.add_column("modules", overflow="fold")
-    for heading in ("params", "ranks", "recompute", "forward", "backward", "memory"):
-        table.add_column(heading, justify="left" if heading in ("ranks", "recompute") else "right", no_wrap=True)
+    table.add_column("modules", overflow="fold", min_width=20)
+    for heading in ("blocks", "ranks", "recompute"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("params", "fwd ms", "bwd ms", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for index, stage in enumerate(plan.stages):
         table.add_row(
             str(index),
             module_range(stage, graph),
-            f"{parameter_count(stage, graph) / 1e6:.1f}M",
+            f"{stage.first_block}-{stage.last_block}",
             _ranks(stage),
             stage.recompute,
-            _milliseconds(stage.predicted_forward_us),
-            _milliseconds(stage.predicted_backward_us),
-            f"{stage.predicted_memory_bytes / 2**30:.1f} GiB",
+            f"{parameter_count(stage, graph) / 1e6:.1f}M",
+            f"{stage.predicted_forward_us / 1e3:.2f}",
+            f"{stage.predicted_backward_us / 1e3:.2f}",
+            size(stage.predicted_memory_bytes),
         )
     console.print(table)
 
@@ -43,12 +49,19 @@ def caption(plan: Plan) -> str:
 
 
 def module_range(stage: StagePlan, graph: Graph) -> str:
-    """The modules in which a stage begins and ends, with the numbers of its blocks."""
+    """The modules in which a stage begins and ends, on a line each."""
     first, last = graph.blocks[stage.first_block].name, graph.blocks[stage.last_block].name
     # A block that goes through several modules is called after all of them.
     first, last = first.split(" + ")[0], last.split(" + ")[-1]
-    blocks = f"({stage.first_block}-{stage.last_block})"
-    return f"{first} {blocks}" if first == last else f"{first} … {last} {blocks}"
+    return first if first == last else f"{first}\n… {last}"
+
+
+def size(count: float) -> str:
+    """Bytes in the largest unit that leaves a number of at least 1."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} B"
 
 
 def parameter_count(stage: StagePlan, graph: Graph) -> int:
@@ -62,7 +75,3 @@ def _ranks(stage: StagePlan) -> str:
     if stage.ranks == tuple(range(first, last + 1)):
         return str(first) if first == last else f"{first}-{last}"
     return ", ".join(map(str, stage.ranks))
-
-
-def _milliseconds(us: float) -> str:
-    return f"{us / 1e3:.2f} ms" if us < 1e5 else f"{us / 1e3:.0f} ms"

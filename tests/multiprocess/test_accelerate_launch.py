@@ -15,7 +15,7 @@ pytestmark = pytest.mark.multiprocess
 
 SCRIPTS = Path(__file__).parent / "scripts"
 ACCELERATE_LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch"]
-RANNC_LAUNCH = ["-c", "from rannc_hf.integrations.launch import main; main()"]
+RANNC_LAUNCH = ["-m", "rannc_hf.cli", "launch"]
 DDP = {
     "compute_environment": "LOCAL_MACHINE",
     "distributed_type": "MULTI_GPU",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class _Globalizer:
             inputs = node.all_input_nodes
             if any(n in self.linear for n in inputs):
                 self.check_linear(node)
+                self.widen(node)
                 self.linear.add(node)
             elif batched(node) is False and any(batched(n) for n in inputs):
                 if node in self.preamble:
@@ -175,7 +177,7 @@ class _Globalizer:
             node.update_arg(0, wide)
             own = spec(node)
             assert own is not None
-            node.meta["spec"] = ValueSpec(own.shape, torch.float32, None, 0, False)
+            node.meta["spec"] = replace(own, dtype=torch.float32)
         if reduction == _SUM:
             return
         if str(node.target) in _CLASSIFICATION:
@@ -203,7 +205,7 @@ class _Globalizer:
             node.kwargs = {**node.kwargs, "dtype": torch.float32}
             own = spec(node)
             assert own is not None
-            node.meta["spec"] = ValueSpec(own.shape, torch.float32, None, 0, False)
+            node.meta["spec"] = replace(own, dtype=torch.float32)
         self.divide(node, self.count(None, averaged))
 
     def divide(self, node: fx.Node, count: fx.Node) -> None:
@@ -214,6 +216,14 @@ class _Globalizer:
         quotient.meta = {**node.meta, "spec": own}
         node.replace_all_uses_with(quotient, delete_user_cb=lambda user: user is not quotient)
         self.linear.add(quotient)
+
+    def widen(self, node: fx.Node) -> None:
+        """What follows a loss that is computed in fp32 is in fp32 too, unless it is cast."""
+        own = spec(node)
+        sources = [spec(n) for n in node.all_input_nodes if n in self.linear]
+        wide = any(s is not None and s.dtype == torch.float32 for s in sources)
+        if own is not None and own.dtype in _LOW_PRECISION and wide and not str(node.target).startswith(("aten.to.", "aten._to_copy.")):
+            node.meta["spec"] = replace(own, dtype=torch.float32)
 
     # -- linearity -----------------------------------------------------------------------------------------------
 
