@@ -9,7 +9,7 @@ import pytest
 from rannc_hf import cli
 from rannc_hf.partition.plan import Plan
 
-SMALL = ["vocab_size=128", "hidden_size=32", "num_hidden_layers=3", "max_position_embeddings=32"]
+SMALL = ["vocab_size=128", "hidden_size=32", "num_hidden_layers=2", "max_position_embeddings=32"]
 
 
 def plan_arguments(**changes):
@@ -55,7 +55,7 @@ def test_json_and_plan_file(capsys, tmp_path):
 def test_table(capsys):
     assert cli.main(plan_arguments(rannc='{"stages": 2}')) == 0
     out = capsys.readouterr().out
-    assert "bert.embeddings" in out and "cls." in out and "GiB" in out
+    assert "bert.embeddings" in out and "cls." in out and "MiB" in out
     assert "batch 16 in" in out and "planned in" in out
 
 
@@ -65,7 +65,6 @@ def test_table(capsys):
         ("gpt2", "causal-lm", ["vocab_size=128", "n_embd=24", "n_layer=2", "n_head=4", "n_positions=32"]),
         ("t5-base", "seq2seq-lm", ["vocab_size=128", "d_model=24", "num_layers=2", "d_kv=8"]),
         ("bert-base", "sequence-classification", SMALL),
-        ("bert-base", "masked-lm", SMALL),
     ],
 )
 def test_tasks(capsys, model, task, options):

@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     parser = accelerate_launch.launch_command_parser()
     parser.prog, parser.usage = "rannc launch", "rannc launch [options] [--rannc OPTIONS] script.py [argument ...]"
-    parser.add_argument("--rannc", metavar="OPTIONS", help='"auto", a YAML or JSON file, or JSON')
+    # accelerate's help leaves out options of groups it does not know.
+    parser.description = 'OPTIONS: "auto", a YAML or JSON file, or JSON. The other options are accelerate launch\'s.'
+    parser.add_argument("--rannc", metavar="OPTIONS")
     args = parser.parse_args(argv)
     options = args.rannc
     del args.rannc

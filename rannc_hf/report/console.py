@@ -35,6 +35,7 @@ def print_plan(plan: Plan, graph: Graph, console: Console | None = None) -> None
             size(stage.predicted_memory_bytes),
         )
     console.print(table)
+    console.print(caption(plan), markup=False, highlight=False)
 
 
 def caption(plan: Plan) -> str:
@@ -53,7 +54,7 @@ def module_range(stage: StagePlan, graph: Graph) -> str:
     first, last = graph.blocks[stage.first_block].name, graph.blocks[stage.last_block].name
     # A block that goes through several modules is called after all of them.
     first, last = first.split(" + ")[0], last.split(" + ")[-1]
-    return first if first == last else f"{first}\n… {last}"
+    return first if first == last else f"{first} …\n{last}"
 
 
 def size(count: float) -> str:
