@@ -20,8 +20,10 @@ VIEWS = words(
     "alias chunk detach diagonal expand expand_as flatten getitem movedim narrow permute reshape select slice split "
     "split_with_sizes squeeze swapaxes t tensor_split transpose unbind unflatten unfold unsqueeze view view_as"
 )
-"""Results share their input's memory and cost nothing on the device (a reshape is assumed not to copy)."""
+"""Results share their input's memory and cost nothing on the device."""
 
+_REORDERS = words("transpose permute movedim swapaxes t")
+_COPIES_WHAT_IS_STRIDED = words("reshape flatten contiguous")
 _CASTS = words("to _to_copy type_as contiguous clone")
 
 Shape = Sequence[int]
@@ -38,12 +40,29 @@ def op_name(node: fx.Node) -> str:
 def is_view(node: fx.Node, graph: Graph) -> bool:
     """Whether the result shares the memory of the first input."""
     name = op_name(node)
+    if name in _COPIES_WHAT_IS_STRIDED and node.all_input_nodes:
+        return not _is_strided(node.all_input_nodes[0], graph)
     if name in VIEWS:
         return True
     if name in _CASTS and node.all_input_nodes:
         own, source = graph.values.get(node.name), graph.values.get(node.all_input_nodes[0].name)
         return own is not None and source is not None and own.dtype == source.dtype and name != "clone"
     return name in ("dropout", "feature_dropout") and not _dropout_active(node)
+
+
+def _is_strided(node: fx.Node, graph: Graph) -> bool:
+    """Whether a value is a reordered or repeated view of what it views, so that reshaping it copies."""
+    reordered = False
+    while (name := op_name(node)) in VIEWS | _COPIES_WHAT_IS_STRIDED and node.all_input_nodes:
+        source = node.all_input_nodes[0]
+        if name.startswith("expand") and value_bytes(node, graph, 2) != value_bytes(source, graph, 2):
+            return True
+        if name in _COPIES_WHAT_IS_STRIDED and not is_view(node, graph):
+            break
+        reordered ^= name in _REORDERS
+        node = source
+    # Fused attention writes its result so that swapping heads and rows back needs no copy.
+    return reordered and "scaled_dot_product" not in name
 
 
 def _dropout_active(node: fx.Node) -> bool:

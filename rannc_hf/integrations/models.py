@@ -39,8 +39,11 @@ TASKS = {
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
 
-# Sizes of a named model that grow with its width unless they are given too.
-_FOLLOW_WIDTH = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "d_ff", "num_heads")
+_FOLLOW = {
+    "hidden_size": ("intermediate_size", "num_attention_heads", "num_key_value_heads", "d_ff"),
+    "num_layers": ("num_decoder_layers",),
+}
+"""Sizes of a named model that keep their proportion to another one unless they are given too."""
 
 
 def build_model(spec: str, task: str, overrides: Mapping[str, Any] | None = None) -> nn.Module:
@@ -50,7 +53,7 @@ def build_model(spec: str, task: str, overrides: Mapping[str, Any] | None = None
         spec: a name of `MODELS`, a directory with a config.json, a config file, or `organisation/name` on the hub.
         task: a key of `TASKS`.
         overrides: values that replace those of the configuration. A named model keeps its proportions: where its
-            width is changed, the inner width and the number of heads follow unless they are given too.
+            width is changed, the inner width and the number of heads follow unless they are given too (layers likewise).
 
     Raises ValueError for an unknown model, task or option, or sizes that do not go together.
     """
@@ -131,13 +134,12 @@ def _override(config: Any, overrides: dict[str, Any], proportional: bool) -> Non
                 f"{type(config).__name__} has no option {key!r}" + (f"; did you mean {close[0]}?" if close else "")
             )
     attributes = {config.attribute_map.get(k, k): v for k, v in overrides.items()}
-    width = config.attribute_map.get("hidden_size", "hidden_size")
-    if proportional and width in attributes:
-        before, after = getattr(config, width), attributes[width]
-        follow = {config.attribute_map.get(k, k) for k in _FOLLOW_WIDTH}
-        for key in sorted(follow - attributes.keys()):
+    for leader, followers in _FOLLOW.items() if proportional else ():
+        leader = config.attribute_map.get(leader, leader)
+        before, after = getattr(config, leader, None), attributes.get(leader)
+        for key in (config.attribute_map.get(f, f) for f in followers):
             old = getattr(config, key, None)
-            if isinstance(old, int) and isinstance(after, int):
+            if key not in attributes and all(isinstance(n, int) for n in (old, before, after)):
                 attributes[key] = max(1, old * after // before)
     for key, value in attributes.items():
         old = getattr(config, key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE_HEAD
+from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.table import Table
 
@@ -13,22 +13,21 @@ from rannc_hf.partition.plan import Plan, StagePlan
 def print_plan(plan: Plan, graph: Graph, console: Console | None = None) -> None:
     """Print the stages of `plan` over the modules of `graph`; to the standard output unless `console` is given."""
     console = console or Console()
-    table = Table(
-        title="RaNNC plan", caption=caption(plan), title_justify="left", caption_justify="left", box=SIMPLE_HEAD
-    )
-    table.add_column("stage", justify="right")
-    table.add_column("modules", overflow="fold", min_width=20)
-    for heading in ("blocks", "ranks", "recompute"):
-        table.add_column(heading, no_wrap=True)
+    recomputes = any(s.recompute != "none" for s in plan.stages)
+    table = Table(box=HORIZONTALS, show_edge=False, padding=(0, 1), pad_edge=False)
+    table.add_column("stage", justify="right", no_wrap=True)
+    table.add_column("modules", overflow="fold")
+    table.add_column("ranks", no_wrap=True)
+    if recomputes:
+        table.add_column("recompute", no_wrap=True)
     for heading in ("params", "fwd ms", "bwd ms", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, stage in enumerate(plan.stages):
         table.add_row(
             str(index),
             module_range(stage, graph),
-            f"{stage.first_block}-{stage.last_block}",
             _ranks(stage),
-            stage.recompute,
+            *([stage.recompute] if recomputes else []),
             f"{parameter_count(stage, graph) / 1e6:.1f}M",
             f"{stage.predicted_forward_us / 1e3:.2f}",
             f"{stage.predicted_backward_us / 1e3:.2f}",
