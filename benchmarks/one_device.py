@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import json
 import platform
 import sys
@@ -143,7 +144,7 @@ def even_stages(stages: int, microbatches: int, samples: int) -> Callable[[Graph
     def plan(graph: Graph, batch_size: int) -> Plan:
         count = len(graph.blocks)
         bounds = [round(i * count / stages) for i in range(stages + 1)]
-        parts = tuple(StagePlan(a, b - 1, (i,)) for i, (a, b) in enumerate(zip(bounds, bounds[1:])))
+        parts = tuple(StagePlan(a, b - 1, (i,)) for i, (a, b) in enumerate(itertools.pairwise(bounds)))
         return Plan(parts, samples, microbatches, "1f1b", graph.structural_hash)
 
     return plan

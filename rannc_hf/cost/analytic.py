@@ -79,19 +79,28 @@ def _block_cost(graph: Graph, block: Block, device: Device, samples: int) -> Blo
             work = _backward(node, graph, samples)
             backward += _time_us(work, node, graph, device)
             backward_kernels += work.kernels
-    trained = [p for p in block.parameters if graph.parameters[p].trainable]
-    # Each microbatch adds its gradients to a sum in float32: read both, write one.
-    added = sum(parameter_bytes(graph, p) + 8 * graph.parameters[p].numel for p in trained)
-    backward += added / (device.memory_bandwidth * _BANDWIDTH_EFFICIENCY) * 1e6 + len(trained) * device.kernel_us
-    memory = block_memory(graph, block, samples, fused_attention=not device.is_cpu)
+    backward += accumulation_us(graph, block, device)
+    backward_kernels += len(_trained(graph, block))
+    memory = block_memory(graph, block, samples, cpu=device.is_cpu)
     return BlockCost(
         samples,
         max(forward, forward_kernels * device.host_us),
-        max(backward, (backward_kernels + len(trained)) * device.host_us),
+        max(backward, backward_kernels * device.host_us),
         memory.saved,
         memory.output,
         memory.workspace,
     )
+
+
+def accumulation_us(graph: Graph, block: Block, device: Device) -> float:
+    """Time to add the gradients of a microbatch to their sum in float32: read both, write one."""
+    trained = _trained(graph, block)
+    size = sum(parameter_bytes(graph, p) + 8 * graph.parameters[p].numel for p in trained)
+    return size / (device.memory_bandwidth * _BANDWIDTH_EFFICIENCY) * 1e6 + len(trained) * device.kernel_us
+
+
+def _trained(graph: Graph, block: Block) -> list[str]:
+    return [p for p in block.parameters if graph.parameters[p].trainable]
 
 
 def _time_us(work: _Work, node: fx.Node, graph: Graph, device: Device) -> float:

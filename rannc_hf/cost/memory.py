@@ -18,14 +18,11 @@ from rannc_hf.capture.graph import Block, Graph
 from rannc_hf.cost import ops
 
 _KEEPS_NOTHING = ops.words(
-    "add sub rsub neg sum mean cat stack pad constant_pad_nd to _to_copy type_as contiguous clone embedding where "
-    "masked_fill index index_select gather slice_scatter select_scatter repeat roll flip nll_loss nll_loss_forward "
-    "new_zeros zeros_like ones_like full_like copy cumsum expand_copy dropout native_dropout"
+    "add sub rsub neg sum mean cat stack pad constant_pad_nd to _to_copy type_as contiguous reshape flatten clone copy "
+    "where embedding masked_fill index index_select gather slice_scatter select_scatter repeat roll flip new_zeros "
+    "zeros_like ones_like full_like cumsum cross_entropy_loss nll_loss nll_loss_forward dropout native_dropout"
 )
-_KEEPS_OUTPUT = ops.words(
-    "softmax _softmax log_softmax _log_softmax tanh sigmoid relu exp sqrt rsqrt reciprocal scaled_dot_product_attention"
-)
-_KEEPS_OTHER_FACTOR = ops.words("mul div")
+_KEEPS_OUTPUT = ops.words("softmax _softmax log_softmax _log_softmax tanh sigmoid relu exp sqrt rsqrt reciprocal")
 
 
 class BlockMemory(NamedTuple):
@@ -36,11 +33,11 @@ class BlockMemory(NamedTuple):
     workspace: int
 
 
-def block_memory(graph: Graph, block: Block, samples: int, *, fused_attention: bool) -> BlockMemory:
+def block_memory(graph: Graph, block: Block, samples: int, *, cpu: bool) -> BlockMemory:
     """What `block` keeps for its backward, hands on, and needs while it runs, for `samples` samples.
 
-    With `fused_attention` an attention keeps its inputs, output and one number a row; without (attention with dropout
-    on a CPU) it keeps the whole matrix of probabilities, its dropout and the noise.
+    `cpu` tells the kernels apart: a CPU computes attention with dropout in single steps and keeps the noise of a
+    dropout, where GPUs fuse the attention and keep a mask.
     """
     nodes = nodes_by_name(graph)
     inside = [nodes[name] for name in block.nodes]
@@ -52,10 +49,10 @@ def block_memory(graph: Graph, block: Block, samples: int, *, fused_attention: b
         touched = {base.get(n, n) for n in (node, *node.all_input_nodes)}
         if not ops.is_view(node, graph):
             temporary = sum(ops.value_bytes(n, graph, samples) for n in touched if n in base)
-            largest = max(largest, temporary + _internal_bytes(node, graph, samples, fused_attention))
+            largest = max(largest, temporary + _internal_bytes(node, graph, samples, cpu))
         if ops.needs_grad(node, graph):
-            kept |= {base[n] for n in _kept(node, graph) if n in base}
-            extra += _internal_bytes(node, graph, samples, fused_attention)
+            kept |= {base[n] for n in _kept(node, graph, cpu) if n in base}
+            extra += _internal_bytes(node, graph, samples, cpu)
     own = set(inside)
     saved = sum(ops.value_bytes(n, graph, samples) for n in kept if n in own) + extra
     output = sum(ops.value_bytes(n, graph, samples) for n in {base[nodes[name]] for name in block.outputs} if n in own)
@@ -79,43 +76,56 @@ def _bases(inside: list[fx.Node], graph: Graph) -> dict[fx.Node, fx.Node]:
     return base
 
 
-def _kept(node: fx.Node, graph: Graph) -> list[fx.Node]:
+def _kept(node: fx.Node, graph: Graph, cpu: bool) -> list[fx.Node]:
     """Inputs and results that the derivative of `node` uses."""
     name = ops.op_name(node)
     inputs = node.all_input_nodes
+    if "scaled_dot_product" in name:
+        return inputs[:3] if _in_steps(node, graph, cpu) else [node, *inputs]
     if ops.is_view(node, graph) or name in _KEEPS_NOTHING or "dropout" in name:
         return []
-    if name in _KEEPS_OTHER_FACTOR or ops.matmul_operands(node) is not None:
-        left, right = ops.matmul_operands(node) or (inputs[0], inputs[1] if len(inputs) > 1 else None)
-        if right is None:
-            return []
-        pairs = ((left, right), (right, left))
-        return [keep for keep, other in pairs if ops.needs_grad(other, graph)]
-    if name in _KEEPS_OUTPUT:
-        return [node, *inputs] if "attention" in name else [node]
-    if name == "cross_entropy_loss":
-        return []
-    return list(inputs)
+    factors = ops.matmul_operands(node) or (tuple(inputs[:2]) if name in ("mul", "div") else None)
+    if factors is not None:
+        pairs = (factors, factors[::-1])
+        return [pair[0] for pair in pairs if len(pair) == 2 and ops.needs_grad(pair[1], graph)]
+    return [node] if name in _KEEPS_OUTPUT else list(inputs)
 
 
-def _internal_bytes(node: fx.Node, graph: Graph, samples: int, fused_attention: bool) -> int:
+def _in_steps(node: fx.Node, graph: Graph, cpu: bool) -> bool:
+    """Whether an attention runs as separate products and a softmax, not as one fused kernel."""
+    mask = ops.argument(node, 3, "attn_mask")
+    learned = isinstance(mask, fx.Node) and ops.needs_grad(mask, graph)
+    return cpu and (learned or ops.dropout_active(node))
+
+
+def _internal_bytes(node: fx.Node, graph: Graph, samples: int, cpu: bool) -> int:
     """Bytes that an operation keeps besides its inputs and results."""
-    name = ops.op_name(node)
-    own = ops.value_bytes(node, graph, samples)
+    name, spec = ops.op_name(node), graph.values.get(node.name)
+    if spec is None:
+        return 0
     if name == "cross_entropy_loss":
         return ops.value_bytes(node.all_input_nodes[0], graph, samples)
     if "scaled_dot_product" in name:
-        query, key = (graph.values[n.name].at(samples) for n in node.all_input_nodes[:2])
-        rows = math.prod(query[:-1])
-        if fused_attention or not ops.dropout_active(node):
-            return rows * 4
-        return 3 * rows * key[-2] * graph.values[node.all_input_nodes[0].name].dtype.itemsize
+        return _attention_bytes(node, graph, samples, cpu)
     if ops.dropout_active(node):
-        # GPUs keep a mask of one byte an element, CPUs the noise itself.
-        return own // graph.values[node.name].dtype.itemsize if fused_attention and node.name in graph.values else own
-    if name in ("layer_norm", "native_layer_norm", "rms_norm", "group_norm") and node.name in graph.values:
-        return 8 * math.prod(graph.values[node.name].at(samples)[:-1])
+        return math.prod(spec.at(samples)) * (spec.dtype.itemsize if cpu else 1)
+    if name in ("layer_norm", "native_layer_norm", "rms_norm", "group_norm"):
+        # Mean and inverse deviation of each row.
+        return 8 * math.prod(spec.at(samples)[:-1])
     return 0
+
+
+def _attention_bytes(node: fx.Node, graph: Graph, samples: int, cpu: bool) -> int:
+    query, key = (graph.values[n.name].at(samples) for n in node.all_input_nodes[:2])
+    rows, item = math.prod(query[:-1]), graph.values[node.name].dtype.itemsize
+    if _in_steps(node, graph, cpu):
+        # Probabilities, and with dropout its noise and what is left.
+        return (3 if ops.dropout_active(node) else 1) * rows * key[-2] * item
+    mask = ops.argument(node, 3, "attn_mask")
+    if isinstance(mask, fx.Node) and mask.name in graph.values and graph.values[mask.name].dtype == torch.bool:
+        # It becomes a bias in the dtype of the scores.
+        return rows * 4 + math.prod(graph.values[mask.name].at(samples)) * item
+    return rows * 4
 
 
 def compute_dtypes(graph: Graph) -> Mapping[str, torch.dtype]:

@@ -90,7 +90,7 @@ class Gatherer:
                 fields[name] = value
                 continue
             value = value.to(self.device)
-            if not everyone[self.transport.rank]["tensors"][name][2]:
+            if name not in shapes:
                 fields[name] = value
                 continue
             batched.add(name)
@@ -128,7 +128,7 @@ class Gatherer:
             specs = [d[name] for d in descriptions]
             if any(s[1] != specs[0][1] or len(s[0]) != len(specs[0][0]) for s in specs):
                 raise ValueError(f"field '{name}' has different dtypes or dimensions on different ranks: {specs}")
-            if specs[0][2]:
+            if _have_samples(name, specs):
                 sizes = [max(s[0][d] for s in specs) for d in range(1, len(specs[0][0]))]
                 uneven = any(s[0][1:] != specs[0][0][1:] for s in specs)
                 if uneven:
@@ -164,6 +164,18 @@ class Gatherer:
                 f"field '{name}' has different sizes on different ranks ({shapes}), and without an attention_mask "
                 "padding would change the result: pad all batches alike, or pass an attention_mask"
             )
+
+
+def _have_samples(name: str, specs: list[Any]) -> bool:
+    """Whether a field has one entry a sample. A rank with one sample cannot tell that from one entry for all."""
+    if all(has for _, _, has in specs):
+        return True
+    if all(shape[:1] in ((), (1,)) for shape, _, _ in specs):
+        return False
+    raise ValueError(
+        f"field '{name}' has one entry a sample on some ranks and not on others: its sizes are "
+        f"{[tuple(shape) for shape, _, _ in specs]}"
+    )
 
 
 def _describe(batch: Mapping[str, Any]) -> dict[str, Any]:

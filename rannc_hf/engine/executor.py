@@ -203,9 +203,7 @@ class Executor:
                 pending = self.transport.recv(channel, peer, buffer, what)
                 step.arrivals[key].append(_Arrival(pending, buffer, None if buffer is target else target))
 
-    def _send(
-        self, step: Step, action: Action, edge: Edge, values: Mapping[str, torch.Tensor], direction: str
-    ) -> None:
+    def _send(self, step: Step, action: Action, edge: Edge, values: Mapping[str, torch.Tensor], direction: str) -> None:
         microbatch = step.microbatches[action.microbatch]
         start, _ = self.span(microbatch)
         channel = Channel(edge.producer, edge.consumer, direction)

@@ -22,9 +22,7 @@ class Lengths:
         self._model, self._dtype = model, dtype
         self._cache: dict[Any, dict[str, dict[int, int]]] = {}
 
-    def unpad(
-        self, outputs: Mapping[str, torch.Tensor], batch: GlobalBatch, graph: Graph
-    ) -> dict[str, torch.Tensor]:
+    def unpad(self, outputs: Mapping[str, torch.Tensor], batch: GlobalBatch, graph: Graph) -> dict[str, torch.Tensor]:
         """`outputs` without the entries that padding added."""
         extra: dict[tuple[str, int], int] = {}
         for name, shape in batch.own_shapes.items():
@@ -54,7 +52,9 @@ class Lengths:
                 fields[name] = fields[name].new_empty([shorter if d == dim else n for d, n in enumerate(shape)])
             other = capture(self._model, fields, dtype=self._dtype, training=False)
             self._cache[key] = {
-                path: _differences(graph, other, path, length - shorter) for path in graph.outputs if path in other.outputs
+                path: _differences(graph, other, path, length - shorter)
+                for path in graph.outputs
+                if path in other.outputs
             }
         return self._cache[key]
 
@@ -70,7 +70,5 @@ def _groups(extra: Mapping[tuple[str, int], int], batch: GlobalBatch) -> dict[tu
 def _differences(graph: Graph, other: Graph, path: str, steps: int) -> dict[int, int]:
     here, there = graph.values[graph.outputs[path]], other.values[other.outputs[path]]
     return {
-        d: (a - b) // steps
-        for d, (a, b) in enumerate(zip(here.at(1), there.at(1)))
-        if a != b and d != here.batch_dim
+        d: (a - b) // steps for d, (a, b) in enumerate(zip(here.at(1), there.at(1))) if a != b and d != here.batch_dim
     }

@@ -214,6 +214,20 @@ class RanncModel(nn.Module):
         """For scripts written for DDP. Gradients are exact after every backward, so there is nothing to hold back."""
         yield
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The module's state before the first batch; after it, no rank has the whole, and this says what to call."""
+        result: dict[str, Any] = self.module.state_dict(*args, **kwargs)
+        return result
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a whole state, as `load_full_state_dict` does."""
+        if self.store is None:
+            return self.module.load_state_dict(state_dict, strict, assign)
+        if not strict or assign:
+            raise ValueError("a partitioned model loads whole states only: leave out strict=False and assign=True")
+        self.load_full_state_dict(state_dict)
+        return nn.modules.module._IncompatibleKeys([], [])
+
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole state on the CPU of rank 0, an empty dict elsewhere. Collective."""
         if self.store is None:
@@ -266,5 +280,3 @@ def _default_transport(config: RanncConfig, device: torch.device) -> Transport:
     from rannc_hf.engine.transport.local import LocalWorld
 
     return LocalWorld(1, config.timeout_s).transports[0]
-
-

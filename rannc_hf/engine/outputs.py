@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 from transformers.utils import ModelOutput
 
-from rannc_hf.capture.graph import Graph, ValueSpec
+from rannc_hf.capture.graph import Graph
 from rannc_hf.engine.executor import Executor, Step
 from rannc_hf.engine.program import Program
 from rannc_hf.engine.routes import slices
@@ -65,88 +66,43 @@ def output_channels(program: Program, world_size: int) -> dict[Channel, tuple[in
     return {Channel(stage, USER, FORWARD): everyone for stage, _ in program.user_outputs.values()}
 
 
-class OutputRouter:
-    """Sends each microbatch's outputs to its owner, and collects those of this rank."""
+def deliver(executor: Executor, step: Step, owners: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Send every microbatch's outputs to its owner (`owners[i]` for microbatch i); this rank's own, by path.
 
-    def __init__(self, executor: Executor, step: Step, owners: Sequence[int]) -> None:
-        self.executor, self.step, self.owners = executor, step, owners
-        self.graph = executor.program.graph
-        self.rank = executor.transport.rank
-        self.parts: dict[str, list[torch.Tensor]] = {path: [] for path in executor.program.user_outputs}
-        self.pending: list[Pending] = []
-        self.local: list[Callable[[], None]] = []
-        self._post()
-
-    def _sources(self, stage: int, spec: ValueSpec, path: str, samples: int) -> list[tuple[int, int, int]]:
-        """(replica, start, stop) of the replicas that hold a part of an output."""
-        spans = slices(samples, self.executor.plan.stages[stage].replicas)
-        held = [(i, a, b) for i, (a, b) in enumerate(spans) if b > a]
-        # A sum over samples comes in parts from every replica; what all samples share comes from the first.
-        return held if spec.batch_dim is not None or self._is_loss(path) else held[:1]
-
-    def _is_loss(self, path: str) -> bool:
-        return self.graph.outputs[path] == self.graph.loss
-
-    def _post(self) -> None:
-        """Post receives for everything that other ranks compute of this rank's samples."""
-        plan = self.executor.plan
-        for microbatch, owner in zip(self.step.microbatches, self.owners):
-            for path, (stage, value) in self.executor.program.user_outputs.items():
-                spec = self.graph.values[value]
-                for replica, start, stop in self._sources(stage, spec, path, microbatch.samples):
-                    source = plan.stages[stage].ranks[replica]
-                    if owner != self.rank:
-                        continue
-                    shape = spec.at(stop - start)
-                    buffer = torch.empty(shape, dtype=spec.dtype, device=self.executor.device)
-                    self.parts[path].append(buffer)
-                    if source != self.rank:
-                        what = f"output {path} of microbatch {microbatch.index} from rank {source}"
-                        channel = Channel(stage, USER, FORWARD)
-                        self.pending.append(self.executor.transport.recv(channel, source, buffer, what))
-                    else:
-                        self.local.append(self._copy(buffer, microbatch.index, value))
-
-    def _copy(self, buffer: torch.Tensor, microbatch: int, value: str) -> Callable[[], None]:
-        return lambda: self._own_part(microbatch, value, buffer)
-
-    def _own_part(self, microbatch: int, value: str, buffer: torch.Tensor) -> None:
-        buffer.copy_(self.step.outputs[microbatch][value])
-
-    def send(self) -> None:
-        """Send what this rank has computed of other ranks' samples."""
-        plan, transport = self.executor.plan, self.executor.transport
-        for microbatch, owner in zip(self.step.microbatches, self.owners):
-            for path, (stage, value) in self.executor.program.user_outputs.items():
-                if stage != self.executor.stage or owner == self.rank:
+    Samples are in order; the loss is summed over its parts. All ranks go through the messages in one order, as
+    channels require.
+    """
+    transport, plan, graph = executor.transport, executor.plan, executor.program.graph
+    parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+    pending: list[Pending] = []
+    for microbatch, owner in zip(step.microbatches, owners):
+        for path, (stage, value) in executor.program.user_outputs.items():
+            spec = graph.values[value]
+            channel = Channel(stage, USER, FORWARD)
+            what = f"output {path} of microbatch {microbatch.index} for rank {owner}"
+            spans = slices(microbatch.samples, plan.stages[stage].replicas)
+            held = [(plan.stages[stage].ranks[i], b - a) for i, (a, b) in enumerate(spans) if b > a]
+            # A loss comes in parts from every replica; what all samples share comes from the first.
+            everyone = spec.batch_dim is not None or value == graph.loss
+            for source, samples in held if everyone else held[:1]:
+                mine = step.outputs[microbatch.index][value] if source == transport.rank else None
+                if owner != transport.rank:
+                    if mine is not None:
+                        transport.send(channel, owner, mine.contiguous(), what)
                     continue
-                spec = self.graph.values[value]
-                for replica, _, _ in self._sources(stage, spec, path, microbatch.samples):
-                    if plan.stages[stage].ranks[replica] == self.rank:
-                        tensor = self.step.outputs[microbatch.index][value].contiguous()
-                        what = f"output {path} of microbatch {microbatch.index} to rank {owner}"
-                        transport.send(Channel(stage, USER, FORWARD), owner, tensor, what)
-
-    def collect(self) -> dict[str, torch.Tensor]:
-        """This rank's outputs by path, samples in order; the loss is summed over its parts."""
-        self.send()
-        for copy in self.local:
-            copy()
-        for pending in self.pending:
-            pending.wait()
-        self.executor.transport.drain()
-        result = {}
-        for path, parts in self.parts.items():
-            if not parts:
-                continue
-            spec = self.graph.values[self.graph.outputs[path]]
-            if spec.batch_dim is not None:
-                result[path] = torch.cat(parts, spec.batch_dim)
-            else:
-                result[path] = torch.stack(parts).sum(0) if self._is_loss(path) else parts[0]
-        return result
+                if mine is None:
+                    mine = torch.empty(spec.at(samples), dtype=spec.dtype, device=executor.device)
+                    pending.append(transport.recv(channel, source, mine, what))
+                parts[path].append(mine)
+    for arrival in pending:
+        arrival.wait()
+    transport.drain()
+    return {path: _join(graph, path, found) for path, found in parts.items()}
 
 
-def route_outputs(executor: Executor, step: Step, owners: Sequence[int]) -> OutputRouter:
-    """A router for `step`, whose microbatch i belongs to rank `owners[i]`, with its receives posted."""
-    return OutputRouter(executor, step, owners)
+def _join(graph: Graph, path: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    value = graph.outputs[path]
+    batch_dim = graph.values[value].batch_dim
+    if batch_dim is not None:
+        return torch.cat(list(parts), batch_dim)
+    return torch.stack(list(parts)).sum(0) if value == graph.loss else parts[0]

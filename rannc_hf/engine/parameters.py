@@ -137,7 +137,8 @@ class ParameterStore:
         self.live = graph.gradient_parameters()
         self.originals = dict(model.named_parameters())
         self.owner_ranks = {
-            name: tuple(sorted(r for s in stages for r in plan.stages[s].ranks)) for name, stages in self.holders.items()
+            name: tuple(sorted(r for s in stages for r in plan.stages[s].ranks))
+            for name, stages in self.holders.items()
         }
         self.groups = _groups(graph, self.holders, self.live)
         self.buckets: list[Bucket] = []
@@ -216,7 +217,7 @@ class ParameterStore:
         for bucket in self.buckets:
             if bucket.trainable and bucket.name not in started:
                 self._reduce(bucket)
-        for bucket, pending in self._pending:
+        for _, pending in self._pending:
             pending.wait()
         self._pending.clear()
 

@@ -14,9 +14,7 @@ from rannc_hf.partition.plan import Plan
 from rannc_hf.partition.search import find_plan
 
 
-def find_plan_here(
-    graph: Graph, config: RanncConfig, batch_size: int, device: torch.device, world_size: int
-) -> Plan:
+def find_plan_here(graph: Graph, config: RanncConfig, batch_size: int, device: torch.device, world_size: int) -> Plan:
     """The best plan for training `graph` on `world_size` devices like `device`.
 
     Raises:

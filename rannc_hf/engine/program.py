@@ -79,9 +79,7 @@ def place(graph: Graph, plan: Plan, planned: Graph) -> Program:
     return _connect(graph, blocks)
 
 
-def _place_by_parameters(
-    graph: Graph, holders: Mapping[str, tuple[int, ...]], stages: int
-) -> list[tuple[Block, ...]]:
+def _place_by_parameters(graph: Graph, holders: Mapping[str, tuple[int, ...]], stages: int) -> list[tuple[Block, ...]]:
     stage_of: dict[fx.Node, int] = {}
     nodes: list[list[fx.Node]] = [[] for _ in range(stages)]
     body = {name for block in graph.blocks for name in block.nodes}

@@ -11,7 +11,7 @@ from rannc_hf.capture.graph import Graph
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine.batch import GlobalBatch
 from rannc_hf.engine.executor import Executor, Microbatch, Step, channels
-from rannc_hf.engine.outputs import output_channels, route_outputs
+from rannc_hf.engine.outputs import deliver, output_channels
 from rannc_hf.engine.parameters import ParameterStore
 from rannc_hf.engine.program import Program
 from rannc_hf.engine.routes import microbatch_sizes, slices
@@ -91,11 +91,10 @@ class Runtime:
             shard_counts = self.counts(inputs, batched, first, first + samples) if samples else {}
             counts += [shard_counts] * (len(microbatches) - len(counts))
         step = Step(microbatches, inputs, batched, counts, number, train=False)
-        outputs = route_outputs(self.executor, step, owners)
         actions = lower_forward(len(self.plan.stages), len(microbatches), self._edges)
         with torch.no_grad():
             self.executor.run(actions[self.executor.stage], step)
-            return outputs.collect()
+            return deliver(self.executor, step, owners)
 
     def counts(
         self, inputs: Mapping[str, torch.Tensor], batched: frozenset[str], start: int, stop: int

@@ -99,7 +99,7 @@ class StageReplica:
             function = _seeded(function, hash((self.seed, *stream, block.index)) % (1 << 62))
         if keep and self.recompute:
             # The block seeds its own random numbers, so the second forward draws the same ones.
-            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(*arguments)
 
     def backward(self, microbatch: int, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -53,8 +53,10 @@ def gather(model: nn.Module, store: ParameterStore, transport: Transport) -> dic
             values[name] = parameter.detach().cpu().clone()
             continue
         device = store.device
-        value = owned[name].detach().clone() if name in owned else torch.empty(
-            parameter.shape, dtype=parameter.dtype, device=device
+        value = (
+            owned[name].detach().clone()
+            if name in owned
+            else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         )
         transport.broadcast(value, source, f"parameter {name}")
         if transport.rank == 0:

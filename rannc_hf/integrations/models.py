@@ -53,7 +53,7 @@ def build_model(spec: str, task: str, overrides: Mapping[str, Any] | None = None
         spec: a name of `MODELS`, a directory with a config.json, a config file, or `organisation/name` on the hub.
         task: a key of `TASKS`.
         overrides: values that replace those of the configuration. A named model keeps its proportions: where its
-            width is changed, the inner width and the number of heads follow unless they are given too (layers likewise).
+            width or number of layers is changed, inner width, heads and decoder layers follow unless given too.
 
     Raises ValueError for an unknown model, task or option, or sizes that do not go together.
     """

@@ -6,6 +6,7 @@ Sizes of values are linear in samples: `constant + per_sample * samples` bytes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,11 +54,9 @@ class Segments:
     tensors: Floats
     """[i, j] trained parameters."""
     received: Linear
-    """[i, j] values of earlier blocks that the run uses."""
+    """[i, j] values of earlier blocks, and values computed from the batch alone, that the run uses."""
     entering: Linear
     """[i], n + 1 entries: values that cross the boundary before block i."""
-    preamble: Linear
-    """[] values that a stage computes from the batch alone."""
     crossings: tuple[Crossing, ...]
 
 
@@ -70,34 +69,41 @@ def segments(graph: Graph) -> Segments:
     entering = Linear(np.zeros(count + 1), np.zeros(count + 1))
     for value in crossings:
         for array, amount in ((received.constant, value.constant), (received.per_sample, value.per_sample)):
-            first = value.producer + 1
-            for consumer in value.consumers:
-                array[first : consumer + 1, consumer:] += amount
-                first = consumer + 1
+            _add(array, value.consumers, amount, value.producer + 1)
         entering.constant[value.producer + 1 : value.consumers[-1] + 1] += value.constant
         entering.per_sample[value.producer + 1 : value.consumers[-1] + 1] += value.per_sample
-    return Segments(count, *_parameters(graph), received, entering, _preamble(graph), crossings)
+    for name, users in _users((b.index, n) for b in graph.blocks for n in b.preamble if n in graph.values).items():
+        constant, per_sample = _linear(graph, name)
+        _add(received.constant, users, constant)
+        _add(received.per_sample, users, per_sample)
+    return Segments(count, *_parameters(graph), received, entering, crossings)
+
+
+def _users(uses: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
+    """Name to the blocks that use it, from pairs in the order of blocks."""
+    users: dict[str, list[int]] = {}
+    for index, name in uses:
+        users.setdefault(name, []).append(index)
+    return users
+
+
+def _add(array: Floats, users: Sequence[int], amount: float, first: int = 0) -> None:
+    """Add `amount` to all runs [i, j] that start at block `first` or later and have one of `users` (sorted) in them."""
+    for user in users:
+        # Runs that start after the previous user and reach this one.
+        array[first : user + 1, user:] += amount
+        first = user + 1
 
 
 def _crossings(graph: Graph) -> tuple[Crossing, ...]:
-    consumers: dict[str, list[int]] = {}
-    for block in graph.blocks:
-        for value in block.inputs:
-            consumers.setdefault(value, []).append(block.index)
     made = {name: block.index for block in graph.blocks for name in block.outputs}
     found = []
-    for value, users in consumers.items():
+    for value, users in _users((b.index, n) for b in graph.blocks for n in b.inputs).items():
         if value in made and value in graph.values:
             constant, per_sample = _linear(graph, value)
             needs_grad = graph.values[value].needs_grad
-            found.append(Crossing(made[value], tuple(sorted(users)), constant, per_sample, needs_grad))
+            found.append(Crossing(made[value], tuple(users), constant, per_sample, needs_grad))
     return tuple(found)
-
-
-def _preamble(graph: Graph) -> Linear:
-    names = {name for block in graph.blocks for name in block.preamble if name in graph.values}
-    sizes = [_linear(graph, name) for name in sorted(names)]
-    return Linear(np.array(sum(c for c, _ in sizes)), np.array(sum(p for _, p in sizes)))
 
 
 def _linear(graph: Graph, value: str) -> tuple[float, float]:
@@ -107,20 +113,12 @@ def _linear(graph: Graph, value: str) -> tuple[float, float]:
 
 def _parameters(graph: Graph) -> tuple[Floats, Floats, Floats, Floats]:
     """State bytes, gradient bytes, trained elements and trained parameters, each [i, j]."""
-    users: dict[str, list[int]] = {}
-    for block in graph.blocks:
-        for name in block.parameters:
-            users.setdefault(name, []).append(block.index)
     count = len(graph.blocks)
     arrays = [np.zeros((count, count)) for _ in range(4)]
-    for name, blocks in users.items():
+    for name, users in _users((b.index, n) for b in graph.blocks for n in b.parameters).items():
         spec = graph.parameters[name]
         item = max(4, parameter_bytes(graph, name) // max(1, spec.numel))
         trained = spec.numel if spec.trainable else 0
-        for array, amount in zip(arrays, (state_bytes(graph, name), trained * item, trained, float(spec.trainable))):
-            first = 0
-            # Runs that start after the previous user and reach this one: each holds the parameter once.
-            for user in blocks:
-                array[first : user + 1, user:] += amount
-                first = user + 1
+        for array, amount in zip(arrays, (state_bytes(graph, name), trained * item, trained, spec.trainable)):
+            _add(array, users, float(amount))
     return arrays[0], arrays[1], arrays[2], arrays[3]

@@ -114,7 +114,7 @@ class StageModel:
         self.sum_bound = min(self.sum_bound, float((forward + backward).sum()))
         self.forward[:, index] = _sums(forward)
         self.backward[:, index] = _sums(backward)
-        received = seg.received.at(samples) + float(seg.preamble.at(samples))
+        received = seg.received.at(samples)
         largest = _maxima(workspace) + received
         self.kept_none[:, index] = _sums(saved) + received
         self.kept_blocks[:, index] = _sums(output) + received

@@ -61,9 +61,7 @@ def image_batch(samples: int) -> Batch:
     return {"pixel_values": pixels, "labels": torch.arange(samples) % 2}
 
 
-def next_token_loss(
-    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **ignored: object
-) -> torch.Tensor:
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **ignored: object) -> torch.Tensor:
     """The causal loss of Transformers without its cast to float32, which would hide bugs below 1e-7."""
     shifted = functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
     return functional.cross_entropy(logits.view(-1, vocab_size), shifted.view(-1))

@@ -175,9 +175,7 @@ def test_dropout_does_not_depend_on_the_cut():
     for replicas in ((1,), (1, 1), (1, 1, 1)):
         parts = shards(batch, sum(replicas))
 
-        def run(
-            wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int, parts: list[Batch] = parts
-        ) -> float:
+        def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int, parts: list[Batch] = parts) -> float:
             return wrapped(**parts[rank]).loss.item()
 
         losses.append(on_ranks(with_dropout(), sum(replicas), planner(replicas, 2), run)[0])
@@ -249,7 +247,7 @@ def test_other_outputs_in_training_say_where_to_get_them():
     def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> Any:
         outputs = wrapped(**parts[rank])
         assert outputs[0] is outputs.loss is outputs["loss"]
-        with pytest.raises(AttributeError, match="prediction_logits.*model.eval"):
+        with pytest.raises(AttributeError, match=r"prediction_logits.*model\.eval"):
             outputs.prediction_logits  # noqa: B018
 
     on_ranks(case.model(), 2, planner((1, 1), 2), run)

@@ -74,7 +74,7 @@ def make_graph(
                 nodes=tuple(n.name for n in nodes),
                 parameters=(up, down),
                 inputs=tuple(own_inputs),
-                preamble=(),
+                preamble=() if outputs[:-1] else (x.name,),
                 outputs=(value.name,),
             )
         )

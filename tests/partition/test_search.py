@@ -45,7 +45,9 @@ def reference(problem, microbatches, schedule, stages):
         forward, backward = sum(k.forward_us for k in cost), sum(k.backward_us for k in cost)
         names = {p for b in blocks for p in b.parameters}
         received = sum(
-            graph.values[v].bytes_at(share) for v in {v for b in blocks for v in b.inputs} if graph.producer(v) < first
+            graph.values[v].bytes_at(share)
+            for v in {v for b in blocks for v in (*b.inputs, *b.preamble)}
+            if v in graph.preamble or graph.producer(v) < first
         )
         held = microbatches if schedule == "gpipe" else min(microbatches, len(stages) - index)
         state = sum(state_bytes(graph, p) for p in names)

@@ -135,7 +135,7 @@ class LocalTransport(Transport):
         result, failure = self._collect("share", outcome, what, lambda outcomes: outcomes[0])
         if failure is not None:
             raise failure
-        return result  # type: ignore[no-any-return]
+        return result
 
     def barrier(self, what: str) -> None:
         self._collect("barrier", None, what, list)

@@ -1,0 +1,143 @@
+"""The engine between real processes: parity, errors that reach every rank, a rank that dies."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from rannc_hf.capture import Graph
+from rannc_hf.config import RanncConfig
+from rannc_hf.engine import RanncModel
+from tests.multiprocess.launch import run_ranks
+from tests.parity.harness import (
+    CPU,
+    EXACT,
+    Result,
+    compare,
+    difference,
+    even_plan,
+    gradients_of,
+    loss_of,
+    merge,
+    optimizer_of,
+    plain,
+    planner,
+    shards,
+)
+from tests.parity.models import CASES
+
+pytestmark = pytest.mark.multiprocess
+
+
+def train_and_evaluate(rank: int, name: str, replicas: tuple[int, ...], steps: int) -> tuple[Result, Any, Any]:
+    torch.set_num_threads(1)
+    case = CASES[name]
+    model = case.model()
+    optimizer = optimizer_of(model)
+    wrapped = RanncModel(model, RanncConfig(length_multiple=1, timeout_s=60), device=CPU, planner=planner(replicas, 3))
+    wrapped.register_optimizer(optimizer)
+    part = shards(case.batch_as(9), sum(replicas))[rank]
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        loss = loss_of(wrapped(**part))
+        loss.backward()
+        gradients = gradients_of(wrapped) if step == 0 else gradients
+        norms.append(float(wrapped.clip_grad_norm_(0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert wrapped.store is not None
+    parameters = {n: p.detach().clone() for n, p in wrapped.store.owned.items()}
+    wrapped.eval()
+    return Result(losses, gradients, parameters, norms), wrapped(**part).logits, wrapped.full_state_dict()
+
+
+@pytest.mark.parametrize(("name", "replicas"), [("t5", (1, 2)), ("gpt2", (2, 1, 1))])
+def test_processes_equal_plain_training(name: str, replicas: tuple[int, ...]):
+    case = CASES[name]
+    ranks = sum(replicas)
+    results = run_ranks(train_and_evaluate, ranks, name, replicas, 3, timeout_s=150)
+    result = merge([r for r, _, _ in results])
+    compare(result, plain(case.model(), case.batch_as(9), 3), EXACT)
+
+    model = case.model()
+    model.load_state_dict(results[0][2])
+    assert all(state == {} for _, _, state in results[1:])
+    model.eval()
+    for part, (_, logits, _) in zip(shards(case.batch_as(9), ranks), results):
+        assert difference(logits, model(**part).logits, 1e-9) < 1e-9
+
+
+def renamed(graph: Graph) -> Graph:
+    """The graph with the hash of another one."""
+    return replace(graph, structural_hash="0" * 16)
+
+
+def make_mistakes(rank: int) -> list[str]:
+    torch.set_num_threads(1)
+    case = CASES["resnet"]
+    part = shards(case.batch_as(4), 2)[rank]
+    seen = []
+
+    def attempt(config: RanncConfig, batch: dict[str, Any], plan: Any = None) -> None:
+        model = RanncModel(case.model(), config, device=CPU, planner=plan)
+        try:
+            model(**batch)
+        except ValueError as error:
+            seen.append(str(error))
+
+    quick = RanncConfig(timeout_s=30)
+    attempt(quick, part, lambda graph, samples: even_plan(graph, (1, 1, 1), 2, samples))
+    attempt(quick, part, lambda graph, samples: even_plan(renamed(graph), (1, 1), 2, samples))
+    attempt(RanncConfig(timeout_s=30, plan="/nowhere/plan.json"), part)
+    attempt(RanncConfig(timeout_s=30, stages=7), part)
+    attempt(quick, {"pixel_values": part["pixel_values"][:1], "labels": part["labels"]} if rank == 1 else part)
+    attempt(quick, {**part, "extra": part["labels"]} if rank == 1 else part)
+    attempt(quick, {k: v[: 1 - rank] for k, v in part.items()}, lambda graph, samples: even_plan(graph, (2,), 1, 4))
+    return seen
+
+
+def test_mistakes_are_told_on_every_rank():
+    first, second = run_ranks(make_mistakes, 2, timeout_s=120)
+    assert first == second, "ranks were told different things"
+    expected = [
+        "`stages[2].ranks` has rank 2",
+        "graph_hash",
+        "/nowhere/plan.json",
+        "stages=7",
+        "'pixel_values' has one entry a sample on some ranks and not on others",
+        "rank 1 passes ['extra',",
+        "the global batch has 1 samples, but the plan has a stage with 2 replicas",
+    ]
+    assert len(first) == len(expected), first
+    for message, part in zip(first, expected):
+        assert part in message, message
+
+
+def die_in_second_step(rank: int) -> str:
+    torch.set_num_threads(1)
+    case = CASES["resnet"]
+    wrapped = RanncModel(case.model(), RanncConfig(timeout_s=30), device=CPU, planner=planner((1, 1, 1), 3))
+    part = shards(case.batch_as(9), 3)[rank]
+    loss_of(wrapped(**part)).backward()
+    if rank == 1:
+        os._exit(9)
+    started = time.monotonic()
+    try:
+        loss_of(wrapped(**part)).backward()
+    except RuntimeError as error:
+        assert time.monotonic() - started < 60
+        return str(error)
+    raise AssertionError("a rank died and nobody noticed")
+
+
+def test_a_dead_rank_is_named():
+    messages = run_ranks(die_in_second_step, 3, timeout_s=120, may_die=(1,))
+    for rank in (0, 2):
+        assert "batch" in messages[rank], messages[rank]
+        assert f"rank {rank}" in messages[rank]
