@@ -20,7 +20,7 @@ from rannc_hf.partition.plan import Plan
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Samples `start` to `stop` of the global batch; graph inputs that have no samples are in `shared`."""
+    """Samples `start` to `stop` of the global batch."""
 
     index: int
     start: int
@@ -81,7 +81,6 @@ class Executor:
 
     def run(self, actions: Sequence[Action], step: Step) -> None:
         """Run `actions`, this stage's list for `step`. Raises `TransportError` when another rank does not answer."""
-        last = len(step.microbatches) - 1
         handlers = {
             ActionKind.RECV_ACT: self._receive_activations,
             ActionKind.FORWARD: self._forward,
@@ -104,7 +103,6 @@ class Executor:
             self.transport.drain()
         finally:
             self.compute.clear()
-        assert last >= 0
 
     # -- compute -------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ class RanncModel(nn.Module):
         compute_dtype: dtype of the copies of the parameters that the model computes with (bf16); None for their own.
         transport: connections between ranks; None for those of torch.distributed.
         planner: makes the plan from the graph and the size of the global batch; None for the config's file or search.
+        on_plan: called on rank 0 when the plan has been chosen, e.g. to print it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class RanncModel(nn.Module):
         compute_dtype: torch.dtype | None = None,
         transport: Transport | None = None,
         planner: Callable[[Graph, int], Plan] | None = None,
+        on_plan: Callable[[Plan, Graph], None] | None = None,
     ) -> None:
         super().__init__()
         # Not a registered child: parameters and state belong to the user's model, whose class and API survive.
@@ -63,6 +65,7 @@ class RanncModel(nn.Module):
         self.transport = transport if transport is not None else _default_transport(config, device)
         self.plan: Plan | None = None
         self._planner = planner or self._find_plan
+        self._on_plan = on_plan
         self.graph: Graph | None = None
         self.store: ParameterStore | None = None
         self.optimizers = OptimizerMap(dict(module.named_parameters()))
@@ -77,6 +80,7 @@ class RanncModel(nn.Module):
         )
         self._lengths = Lengths(module, compute_dtype)
         self._runtimes: dict[Any, Runtime] = {}
+        self._planned_key: Any = None
         self._steps = 0
         self._unpublished: int | None = None
         self.training = module.training
@@ -133,6 +137,9 @@ class RanncModel(nn.Module):
         state.guard_state_dict(self.module)
         self.optimizers.partition(set(self.store.owned))
         self.plan, self.graph = plan, graph
+        self._planned_key = (True, describe_shapes(batch))
+        if self._on_plan is not None and self.transport.rank == 0:
+            self._on_plan(plan, graph)
 
     def _find_plan(self, graph: Graph, batch_size: int) -> Plan:
         if self.config.plan is not None:
@@ -143,8 +150,7 @@ class RanncModel(nn.Module):
         key = (self.training, describe_shapes(batch))
         if key not in self._runtimes:
             assert self.plan is not None and self.graph is not None and self.store is not None
-            # The first training batch is the one the plan was made for: it is captured already.
-            planned = not self._runtimes and self.training
+            planned = key == self._planned_key
             graph = (
                 self.graph
                 if planned

@@ -15,7 +15,7 @@ from rannc_hf.engine.outputs import deliver, output_channels
 from rannc_hf.engine.parameters import ParameterStore
 from rannc_hf.engine.program import Program
 from rannc_hf.engine.routes import microbatch_sizes, slices
-from rannc_hf.engine.schedule import lower, lower_forward
+from rannc_hf.engine.schedule import Action, lower, lower_forward, validate
 from rannc_hf.engine.stage import Functions, StageReplica
 from rannc_hf.engine.transport import Transport
 from rannc_hf.partition.plan import Plan
@@ -50,6 +50,7 @@ class Runtime:
         )
         self.executor = Executor(program, plan, replica, store, transport, device)
         self._edges = {(e.producer, e.consumer): bool(e.gradients) for e in program.edges}
+        self._lists: dict[int, list[Action]] = {}
         opened = channels(program, plan)
         if not self.graph.training:
             opened |= output_channels(program, transport.world_size)
@@ -65,8 +66,7 @@ class Runtime:
         counts = self.counts(inputs, batched, 0, batch.samples)
         step = Step(microbatches, inputs, batched, [counts] * len(microbatches), number, train=True)
         self.store.begin_step()
-        actions = lower(self.plan.schedule, len(self.plan.stages), len(microbatches), self._edges)
-        self.executor.run(actions[self.executor.stage], step)
+        self.executor.run(self._actions(len(microbatches)), step)
         assert self.graph.loss is not None
         loss = torch.zeros((), dtype=self.graph.values[self.graph.loss].dtype, device=self.device)
         for index in sorted(step.losses):
@@ -91,10 +91,22 @@ class Runtime:
             shard_counts = self.counts(inputs, batched, first, first + samples) if samples else {}
             counts += [shard_counts] * (len(microbatches) - len(counts))
         step = Step(microbatches, inputs, batched, counts, number, train=False)
-        actions = lower_forward(len(self.plan.stages), len(microbatches), self._edges)
         with torch.no_grad():
-            self.executor.run(actions[self.executor.stage], step)
+            self.executor.run(self._actions(len(microbatches)), step)
             return deliver(self.executor, step, owners)
+
+    def _actions(self, microbatches: int) -> list[Action]:
+        """This stage's actions for a number of microbatches, found to end before they are first run."""
+        if microbatches not in self._lists:
+            stages, training = len(self.plan.stages), self.graph.training
+            lists = (
+                lower(self.plan.schedule, stages, microbatches, self._edges)
+                if training
+                else lower_forward(stages, microbatches, self._edges)
+            )
+            validate(lists, self._edges, microbatches, training=training)
+            self._lists[microbatches] = lists[self.executor.stage]
+        return self._lists[microbatches]
 
     def counts(
         self, inputs: Mapping[str, torch.Tensor], batched: frozenset[str], start: int, stop: int

@@ -21,6 +21,7 @@ from torch import nn
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
 from rannc_hf.integrations.refusals import refuse, unsupported_caller, unsupported_processes, unsupported_settings
+from rannc_hf.report.console import print_plan
 
 _COMPUTE_DTYPES = {"no": None, "bf16": torch.bfloat16}
 
@@ -66,7 +67,9 @@ class RanncAccelerator(Accelerator):
             return super().prepare_model(model, device_placement, evaluation_mode=True)
         self._refuse_model(model)
         dtype = _COMPUTE_DTYPES[self.state.mixed_precision]
-        return self._keep(RanncModel(model, self.rannc, device=self.device, compute_dtype=dtype))
+        return self._keep(
+            RanncModel(model, self.rannc, device=self.device, compute_dtype=dtype, on_plan=print_plan)
+        )
 
     def _keep(self, model: RanncModel) -> RanncModel:
         if model not in self._models:
