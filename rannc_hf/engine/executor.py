@@ -161,13 +161,16 @@ class Executor:
         edge = self.edges[self.stage, action.peer]
         values = step.outputs[action.microbatch]
         self._send(step, action, edge, {name: values[name] for name in edge.values}, FORWARD)
-        if all(action.peer >= e.consumer for e in self.program.edges if e.producer == self.stage) and step.train:
+        # Sends go to the nearest stage first: after the farthest one, nobody needs the values any more.
+        if step.train and action.peer == max(c for p, c in self.edges if p == self.stage):
             del step.outputs[action.microbatch]
 
     def _send_gradients(self, action: Action, step: Step) -> None:
         edge = self.edges[action.peer, self.stage]
         gradients = step.input_gradients[action.microbatch]
         self._send(step, action, edge, {name: gradients[name] for name in edge.gradients}, BACKWARD)
+        if action.peer == min(p for (p, c), e in self.edges.items() if c == self.stage and e.gradients):
+            del step.input_gradients[action.microbatch]
 
     def _post(self, step: Step, action: Action, edge: Edge, names: Sequence[str], direction: str) -> None:
         """Allocate buffers for this replica's part of values `names` and post their receives."""

@@ -142,6 +142,9 @@ def test_search_equals_brute_force(problem, schedule):
             assert not found
             continue
         assert found[0].estimate_us == pytest.approx(expected, rel=1e-9)
+        # With a tight bound from the start, what cannot be better is dropped early, but not the best plan.
+        tight = best_candidates(model, schedule, limits(problem), expected * (1 + 1e-6), tolerance=0)
+        assert tight and tight[0].estimate_us == pytest.approx(expected, rel=1e-9)
         for c in found:
             assert c.estimate_us == pytest.approx(reference(problem, microbatches, schedule, c.stages), rel=1e-9)
         least[microbatches] = expected
