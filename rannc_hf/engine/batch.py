@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rannc_hf.capture.export import batch_size
+from rannc_hf.capture.passes.masks import MASK_FIELDS
 from rannc_hf.engine.transport import Transport
 
 _PAD = {
@@ -32,6 +33,8 @@ class GlobalBatch:
     """Fields with samples in dimension 0."""
     shards: tuple[int, ...]
     """Samples of each rank."""
+    unpadded: frozenset[str]
+    """Attention masks that hide nothing: all ones on every rank, and not padded."""
     own_shapes: Mapping[str, tuple[int, ...]]
     """This rank's shape of a sample of each batched field, before padding."""
 
@@ -96,7 +99,12 @@ class Gatherer:
             batched.add(name)
             fields[name] = self._gather_field(name, value, shapes[name], shards)
         own = {name: tuple(batch[name].shape[1:]) for name in batched}
-        return GlobalBatch(fields, frozenset(batched), shards, own)
+        unpadded = frozenset(
+            name
+            for name in MASK_FIELDS
+            if all(name in d["full"] and d["tensors"][name][0][1:] == shapes.get(name) for d in everyone)
+        )
+        return GlobalBatch(fields, frozenset(batched), shards, unpadded, own)
 
     def _gather_field(
         self, name: str, value: torch.Tensor, shape: tuple[int, ...], shards: tuple[int, ...]
@@ -186,4 +194,10 @@ def _describe(batch: Mapping[str, Any]) -> dict[str, Any]:
         for k, v in batch.items()
         if isinstance(v, torch.Tensor)
     }
-    return {"samples": samples, "tensors": tensors, "plain": {k: repr(v) for k, v in batch.items() if k not in tensors}}
+    full = [k for k in MASK_FIELDS if k in tensors and bool(batch[k].all())]
+    return {
+        "samples": samples,
+        "tensors": tensors,
+        "full": full,
+        "plain": {k: repr(v) for k, v in batch.items() if k not in tensors},
+    }

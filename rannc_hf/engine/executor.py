@@ -44,6 +44,7 @@ class _Arrival:
 class Step:
     """State of one step on one rank."""
 
+    compute: StageReplica
     microbatches: Sequence[Microbatch]
     batch: Mapping[str, torch.Tensor]
     """Graph inputs by placeholder, for the global batch."""
@@ -68,12 +69,11 @@ class Executor:
         self,
         program: Program,
         plan: Plan,
-        replica: StageReplica,
         store: ParameterStore,
         transport: Transport,
         device: torch.device,
     ) -> None:
-        self.program, self.plan, self.compute, self.store = program, plan, replica, store
+        self.program, self.plan, self.store = program, plan, store
         self.transport, self.device = transport, device
         self.stage, self.replica = locate(plan, transport.rank)
         self.edges = {(e.producer, e.consumer): e for e in program.edges}
@@ -102,7 +102,7 @@ class Executor:
                 handlers[action.kind](action, step)
             self.transport.drain()
         finally:
-            self.compute.clear()
+            step.compute.clear()
 
     # -- compute -------------------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class Executor:
             for name, value in step.batch.items()
         }
         batch.update(step.counts[microbatch.index])
-        outputs = self.compute.forward(
+        outputs = step.compute.forward(
             microbatch.index, samples, inputs, batch, (step.number, microbatch.index, start), step.train
         )
         if self.loss is not None and stop > start:
@@ -138,7 +138,7 @@ class Executor:
             gradients[name] = total
         if self.loss is not None:
             gradients[self.loss] = torch.ones_like(step.losses[action.microbatch])
-        step.input_gradients[action.microbatch] = self.compute.backward(action.microbatch, gradients)
+        step.input_gradients[action.microbatch] = step.compute.backward(action.microbatch, gradients)
 
     # -- messages ------------------------------------------------------------------------------------------------
 

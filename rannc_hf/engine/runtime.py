@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from rannc_hf.capture.graph import Graph
+from rannc_hf.capture.passes.masks import unmask
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine.batch import GlobalBatch
 from rannc_hf.engine.executor import Executor, Microbatch, Step, channels
 from rannc_hf.engine.outputs import deliver, output_channels
 from rannc_hf.engine.parameters import ParameterStore
-from rannc_hf.engine.program import Program
+from rannc_hf.engine.program import Program, place
 from rannc_hf.engine.routes import microbatch_sizes, slices
 from rannc_hf.engine.schedule import Action, lower, lower_forward, validate
 from rannc_hf.engine.stage import Functions, StageReplica
@@ -40,15 +41,17 @@ class Runtime:
         self.functions = Functions(self.graph, device)
         self._model = model
         self._constants = {name: value.to(device) for name, value in self.graph.constants.items()}
-        stage = next(i for i, s in enumerate(plan.stages) if transport.rank in s.ranks)
-        replica = StageReplica(
-            program.stages[stage],
-            self.functions,
-            store.compute,
-            recompute=plan.stages[stage].recompute == "blocks",
-            seed=config.seed,
-        )
-        self.executor = Executor(program, plan, replica, store, transport, device)
+        self.executor = Executor(program, plan, store, transport, device)
+        stage = self.executor.stage
+        recompute = plan.stages[stage].recompute == "blocks"
+        self._replica = StageReplica(program.stages[stage], self.functions, store.compute, recompute, config.seed)
+        self._unmasked_fields: frozenset[str] | None = None
+        variant = transport.once(lambda: unmask(self.graph), "the graph without masks")
+        if variant is not None:
+            self._unmasked_fields = frozenset(variant.fields)
+            unmasked = place(variant.graph, plan, self.graph).stages[stage]
+            functions = Functions(variant.graph, device)
+            self._unmasked = StageReplica(unmasked, functions, store.compute, recompute, config.seed)
         self._edges = {(e.producer, e.consumer): bool(e.gradients) for e in program.edges}
         self._lists: dict[int, list[Action]] = {}
         opened = channels(program, plan)
@@ -64,7 +67,9 @@ class Runtime:
         microbatches = [Microbatch(i, a, a + n) for i, (a, n) in enumerate(zip(starts, sizes))]
         inputs, batched = self._inputs(batch)
         counts = self.counts(inputs, batched, 0, batch.samples)
-        step = Step(microbatches, inputs, batched, [counts] * len(microbatches), number, train=True)
+        step = Step(
+            self._compute(batch), microbatches, inputs, batched, [counts] * len(microbatches), number, train=True
+        )
         self.store.begin_step()
         self.executor.run(self._actions(len(microbatches)), step)
         assert self.graph.loss is not None
@@ -90,10 +95,16 @@ class Runtime:
                 owners.append(rank)
             shard_counts = self.counts(inputs, batched, first, first + samples) if samples else {}
             counts += [shard_counts] * (len(microbatches) - len(counts))
-        step = Step(microbatches, inputs, batched, counts, number, train=False)
+        step = Step(self._compute(batch), microbatches, inputs, batched, counts, number, train=False)
         with torch.no_grad():
             self.executor.run(self._actions(len(microbatches)), step)
             return deliver(self.executor, step, owners)
+
+    def _compute(self, batch: GlobalBatch) -> StageReplica:
+        """This stage, without attention masks where the batch has no padding."""
+        if self._unmasked_fields is not None and self._unmasked_fields <= batch.unpadded:
+            return self._unmasked
+        return self._replica
 
     def _actions(self, microbatches: int) -> list[Action]:
         """This stage's actions for a number of microbatches, found to end before they are first run."""

@@ -251,3 +251,39 @@ def test_other_outputs_in_training_say_where_to_get_them():
             outputs.prediction_logits  # noqa: B018
 
     on_ranks(case.model(), 2, planner((1, 1), 2), run)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_unpadded_batches_run_attention_without_a_mask(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Padded and unpadded batches alternate; both are exact, and only the padded ones give attention a mask."""
+    case = CASES[name]
+    model = case.model()
+    padded = case.batch_as(6)
+    full = {**padded, "attention_mask": torch.ones_like(padded["attention_mask"])}
+    without = {k: v for k, v in full.items() if k != "attention_mask"}
+    masked: list[bool] = []
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    original = type(attention).__call__
+
+    def record(op: Any, *args: Any, **kwargs: Any) -> Any:
+        if op is attention:
+            masked.append((args[3] if len(args) > 3 else kwargs.get("attn_mask")) is not None)
+        return original(op, *args, **kwargs)
+
+    for batch, expected in ((padded, True), (full, False), (without, False)):
+        parts = shards(batch, 2)
+
+        def run(
+            wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int, parts: list[Batch] = parts
+        ) -> Result:
+            loss = wrapped(**parts[rank]).loss
+            loss.backward()
+            return result_of(wrapped, [loss.item()])
+
+        masked.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(attention), "__call__", record)
+            result = merge(on_ranks(model, 2, planner((1, 1), 2), run))
+        assert set(masked[-4:]) == {expected}
+        reference = plain(model, batch, 1)
+        compare(replace(result, parameters={}), replace(reference, parameters={}), EXACT)
