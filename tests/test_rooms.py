@@ -1,4 +1,4 @@
-"""Rooms import only from rooms left of them in the flow, sizes stay readable, and the project speaks of itself alone."""
+"""Rooms import only from rooms left of them in the flow, and files and functions stay short."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_saving_from_one_rank_fails_with_the_line_to_change():
     def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> None:
         loss_of(wrapped(**parts[rank])).backward()
         for call in (wrapped.module.state_dict, wrapped.state_dict):
-            with pytest.raises(RuntimeError, match="accelerator.get_state_dict"):
+            with pytest.raises(RuntimeError, match=r"accelerator\.get_state_dict"):
                 call()
 
     on_ranks(CASE.model(), 2, planner((1, 1), 2), run)

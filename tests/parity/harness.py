@@ -30,7 +30,7 @@ EXACT_LENGTHS = RanncConfig(length_multiple=1)
 class Tolerance:
     """Largest difference allowed, relative to the largest magnitude of the tensor compared.
 
-    For gradients that magnitude counts as at least `floor` times the model's largest gradient.
+    That magnitude counts as at least `floor` times the model's largest gradient, or parameter.
     """
 
     gradient: float
@@ -219,8 +219,11 @@ def compare(result: Result, reference: Result, tolerance: Tolerance) -> None:
             assert off <= tolerance.gradient, f"gradient of {name} is off by {off:.1e}"
     for a, b in zip(result.norms, reference.norms):
         assert abs(a - b) <= tolerance.gradient * abs(b), f"gradient norms {result.norms} against {reference.norms}"
+    floor = (
+        max(LEARNING_RATE, tolerance.floor * largest(reference.parameters.values())) if reference.parameters else 0.0
+    )
     for name, wanted in reference.parameters.items():
-        off = difference(result.parameters[name], wanted, LEARNING_RATE)
+        off = difference(result.parameters[name], wanted, floor)
         assert off <= tolerance.parameter, f"{name} is off by {off:.1e} after the optimizer steps"
 
 

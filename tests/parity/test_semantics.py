@@ -273,9 +273,7 @@ def test_unpadded_batches_run_attention_without_a_mask(name: str, monkeypatch: p
     for batch, expected in ((padded, True), (full, False), (without, False)):
         parts = shards(batch, 2)
 
-        def run(
-            wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int, parts: list[Batch] = parts
-        ) -> Result:
+        def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int, parts: list[Batch] = parts) -> Result:
             loss = wrapped(**parts[rank]).loss
             loss.backward()
             return result_of(wrapped, [loss.item()])
