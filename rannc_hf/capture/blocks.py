@@ -8,6 +8,7 @@ has none, at the places where the fewest bytes cross.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def make_blocks(
     position = {n: i for i, n in enumerate(body)}
     bounds = [0, *cuts, len(body)]
     blocks = []
-    for index, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+    for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
         nodes = body[start:stop]
         kept = [n for n in nodes if n in outputs or any(position.get(u, -1) >= stop for u in n.users)]
         blocks.append(_block(index, nodes, preamble, parameter_names, kept))
@@ -57,7 +58,7 @@ def _cuts(
     cuts = [i for i in range(1, len(body)) if units[i] != units[i - 1] and crossing[i] is not None]
     bounds = [0, *cuts, len(body)]
     extra: list[int] = []
-    for start, stop in zip(bounds, bounds[1:]):
+    for start, stop in itertools.pairwise(bounds):
         if stop - start > max(len(body) // 4, 24) and len(bounds) < _PIECES // 2:
             extra += _cheapest(crossing, start, stop, _PIECES)
     return _merge_small(sorted({*cuts, *extra}), body, parameter_names, units)
@@ -138,8 +139,8 @@ def _merge_small(
     """Drop cuts that would leave a block without parameters: it goes with the block before it."""
     kept: list[int] = []
     bounds = [0, *cuts, len(body)]
-    for start, stop in zip(bounds[1:], bounds[2:]):
-        used = {parameter_names[a.name] for n in body[start:stop] for a in n.all_input_nodes if a.name in parameter_names}
+    for start, stop in itertools.pairwise(bounds[1:]):
+        used = {a.name for n in body[start:stop] for a in n.all_input_nodes} & set(parameter_names)
         if used:
             kept.append(start)
     first = {a.name for n in body[: kept[0]] for a in n.all_input_nodes} & set(parameter_names) if kept else {""}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from .blocks import make_blocks
 from .errors import CaptureError
 from .export import Export, batch_size, export_step
-from .graph import Block, Graph, ParameterSpec, ValueSpec
+from .graph import Block, Graph, ParameterSpec
 from .passes.cleanup import drop_assertions, drop_lifts
 from .passes.functionalize import functionalize
 from .passes.loss import check_independent, globalize
@@ -75,7 +75,7 @@ def _finish(export: Export, model: nn.Module, training: bool, paths: dict[str, s
     _mark_needs_grad(graph, {p for p, n in names.items() if specs[n].trainable})
     # The loss may have been replaced by its global form.
     output = next(n for n in graph.nodes if n.op == "output")
-    by_path = dict(zip(paths, output.args[0]))  # type: ignore[arg-type]
+    by_path = dict(zip(paths, output.args[0]))
     outputs = {path: node.name for path, node in by_path.items()}
     loss_name = next((outputs[path] for path, name in paths.items() if name == loss), None) if loss else None
     count_nodes = {c.node for c in counts if c.node}
@@ -181,9 +181,9 @@ def _set_outputs(graph: fx.Graph, paths: dict[str, str]) -> None:
     output.args = (tuple(nodes[name] for name in paths.values()),)
 
 
-def _drop_dead(graph: fx.Graph, keep: set[str | None] | None = None) -> None:
+def _drop_dead(graph: fx.Graph, keep: Collection[str] = ()) -> None:
     for node in reversed(list(graph.nodes)):
-        if node.op != "output" and not node.users and node.name not in (keep or ()):
+        if node.op != "output" and not node.users and node.name not in keep:
             graph.erase_node(node)
 
 
@@ -199,7 +199,7 @@ def _mark_needs_grad(graph: fx.Graph, trainable: set[str]) -> None:
 def _check_loss(graph: Graph) -> None:
     assert graph.loss is not None
     if not graph.values[graph.loss].needs_grad:
-        raise CaptureError("the loss depends on no trainable parameter: check requires_grad, and that forward uses them")
+        raise CaptureError("the loss depends on no trainable parameter: check requires_grad and that forward uses them")
 
 
 def _hash(blocks: tuple[Block, ...], specs: Mapping[str, ParameterSpec]) -> str:
@@ -231,5 +231,3 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in saved.items():
             module.training = mode
-
-

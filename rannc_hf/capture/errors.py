@@ -6,11 +6,11 @@ import torch.fx as fx
 
 
 class CaptureError(ValueError):
-    """The model's step cannot be captured or split exactly; the message names the operation, the module and a way out."""
+    """The step cannot be captured or split exactly; the message names the operation, the module and a way out."""
 
 
 def where(node: fx.Node) -> str:
-    """The module and source line a node came from, e.g. ``module 'bert.pooler' (modeling_bert.py:412: x = x[:, 0])``."""
+    """The module and source line of a node: ``module 'bert.pooler' (modeling_bert.py:412: x = x[:, 0])``."""
     path = module_path(node)
     text = f"module '{path}'" if path else "the model's own forward"
     trace = node.meta.get("stack_trace")

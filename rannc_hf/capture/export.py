@@ -62,7 +62,9 @@ def export_step(
     signature = program.graph_signature
     # Fields that are not tensors are constants of the step: export keeps an unused placeholder for them.
     fields = [name for name, value in inputs.items() for _ in pytree.tree_leaves(value)]
-    placeholders = [s.arg.name for s in signature.input_specs if s.kind is torch.export.graph_signature.InputKind.USER_INPUT]
+    placeholders = [
+        s.arg.name for s in signature.input_specs if s.kind is torch.export.graph_signature.InputKind.USER_INPUT
+    ]
     batch_inputs = {p: f for p, f in zip(placeholders, fields) if isinstance(inputs[f], torch.Tensor)}
     assert set(batch_inputs.values()) == {f for f, v in inputs.items() if isinstance(v, torch.Tensor)}
     outputs = tuple(

@@ -19,7 +19,7 @@ def block_function(graph: Graph, block: Block, samples: int, device: torch.devic
     It is the same for every block with the same key.
     """
     by_name = {n.name: n for n in graph.fx_graph.nodes}
-    canonical = {p: name for p, name in graph.parameter_inputs.items()}
+    canonical = graph.parameter_inputs
     made = fx.Graph()
     parameters = {name: made.placeholder(f"p{i}") for i, name in enumerate(block.parameters)}
     values = {name: made.placeholder(f"x{i}") for i, name in enumerate([*block.inputs, *block.preamble])}
@@ -63,10 +63,11 @@ def copy_node(made: fx.Graph, node: fx.Node, get: Any, samples: int, device: tor
             return int(value) * samples
         return device if isinstance(value, torch.device) else value
 
+    assert callable(node.target)
     return made.call_function(
-        node.target,  # type: ignore[arg-type]
-        map_aggregate(node.args, resolve),  # type: ignore[arg-type]
-        map_aggregate(dict(node.kwargs), resolve),  # type: ignore[arg-type]
+        node.target,
+        map_aggregate(node.args, resolve),
+        map_aggregate(dict(node.kwargs), resolve),
     )
 
 

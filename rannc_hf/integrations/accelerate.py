@@ -67,9 +67,7 @@ class RanncAccelerator(Accelerator):
             return super().prepare_model(model, device_placement, evaluation_mode=True)
         self._refuse_model(model)
         dtype = _COMPUTE_DTYPES[self.state.mixed_precision]
-        return self._keep(
-            RanncModel(model, self.rannc, device=self.device, compute_dtype=dtype, on_plan=print_plan)
-        )
+        return self._keep(RanncModel(model, self.rannc, device=self.device, compute_dtype=dtype, on_plan=print_plan))
 
     def _keep(self, model: RanncModel) -> RanncModel:
         if model not in self._models:

@@ -139,7 +139,9 @@ def _override(config: Any, overrides: dict[str, Any], proportional: bool) -> Non
         before, after = getattr(config, leader, None), attributes.get(leader)
         for key in (config.attribute_map.get(f, f) for f in followers):
             old = getattr(config, key, None)
-            if key not in attributes and all(isinstance(n, int) for n in (old, before, after)):
+            if key in attributes:
+                continue
+            if isinstance(old, int) and isinstance(before, int) and isinstance(after, int):
                 attributes[key] = max(1, old * after // before)
     for key, value in attributes.items():
         old = getattr(config, key)

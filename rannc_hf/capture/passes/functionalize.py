@@ -119,7 +119,7 @@ class _Functionalizer:
                 "the module into eval mode"
             )
         with self.graph.inserting_before(node):
-            value = self.emit(_functional(node), node.args, dict(node.kwargs), node)
+            value = self.result(node)
             old = written.meta["val"]
             if value.meta["val"].dtype != old.dtype:
                 value = self.emit(_aten.to.dtype, (value, old.dtype), {}, node)
@@ -128,6 +128,13 @@ class _Functionalizer:
             self.write_back(written, value, root)
         node.replace_all_uses_with(written)
         self.graph.erase_node(node)
+
+    def result(self, node: fx.Node) -> fx.Node:
+        """What an in-place operation would have written, before it takes the shape and dtype of its target."""
+        if node.target is _aten.copy_.default:
+            # The functional `copy` has no derivative, `clone` has.
+            return self.emit(_aten.clone.default, (node.args[1],), {}, node)
+        return self.emit(_functional(node), node.args, dict(node.kwargs), node)
 
     def write_back(self, target: fx.Node, value: fx.Node, root: fx.Node) -> None:
         while target in self.base:

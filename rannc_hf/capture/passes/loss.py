@@ -132,8 +132,12 @@ class _Globalizer:
             if isinstance(weight, fx.Node):
                 weight_spec = spec(weight)
                 assert weight_spec is not None
-                safe = self.emit(_aten.clamp_min.default, (target, 0), target_spec.shape, target_spec.dtype, target_spec)
-                each = self.emit(_aten.index.Tensor, (weight, [safe]), target_spec.shape, weight_spec.dtype, target_spec)
+                safe = self.emit(
+                    _aten.clamp_min.default, (target, 0), target_spec.shape, target_spec.dtype, target_spec
+                )
+                each = self.emit(
+                    _aten.index.Tensor, (weight, [safe]), target_spec.shape, weight_spec.dtype, target_spec
+                )
                 kept = self.emit(_aten.mul.Tensor, (each, kept), target_spec.shape, weight_spec.dtype, target_spec)
             total = self.emit(_aten.sum.default, (kept,), (), torch.int64 if weight is None else torch.float32, None)
         self.preamble.update(self.emitted[first:])
@@ -198,7 +202,8 @@ class _Globalizer:
         if str(node.target) == "aten.mean.default":
             node.target, averaged = _aten.sum.default, _per_sample(source_spec)
         else:
-            dims = [d % len(source_spec.shape) for d in node.args[1]] if node.args[1] else range(len(source_spec.shape))  # type: ignore[union-attr,operator]
+            rank = len(source_spec.shape)
+            dims = [d % rank for d in _dims(1)(node)] or range(rank)
             other = [source_spec.shape[d] for d in dims if d != source_spec.batch_dim]
             node.target, averaged = _aten.sum.dim_IntList, source_spec.rows * math.prod(other)
         if source_spec.dtype in _LOW_PRECISION:
@@ -222,7 +227,12 @@ class _Globalizer:
         own = spec(node)
         sources = [spec(n) for n in node.all_input_nodes if n in self.linear]
         wide = any(s is not None and s.dtype == torch.float32 for s in sources)
-        if own is not None and own.dtype in _LOW_PRECISION and wide and not str(node.target).startswith(("aten.to.", "aten._to_copy.")):
+        if (
+            own is not None
+            and own.dtype in _LOW_PRECISION
+            and wide
+            and not str(node.target).startswith(("aten.to.", "aten._to_copy."))
+        ):
             node.meta["spec"] = replace(own, dtype=torch.float32)
 
     # -- linearity -----------------------------------------------------------------------------------------------
@@ -256,8 +266,10 @@ class _Globalizer:
         with self.graph.inserting_before(node):
             local = self.emit(_aten.mul.Tensor, (operand, PerSample(1)), own.shape, own.dtype, None)
             if not isinstance(operand, fx.Node):
-                local.args = (self.emit(_aten.full.default, ([], operand), (), own.dtype, None), PerSample(1))
-                local.args[0].meta["spec"] = ValueSpec((), own.dtype, None, 0, False)  # type: ignore[union-attr]
+                # Made after `local`, it would come too late in the graph: move it in front.
+                constant = self.emit(_aten.full.default, ([], operand), (), own.dtype, None)
+                local.prepend(constant)
+                local.args = (constant, PerSample(1))
             shared = self.emit(_aten.div.Tensor, (local, total), own.shape, own.dtype, None)
         node.update_arg(position, shared)
 
@@ -273,7 +285,9 @@ class _Globalizer:
             node.update_arg(1, self.count(None, int(factor)))
             node.target = _aten.div.Tensor
         elif isinstance(factor, fx.Node) and batched(factor):
-            raise CaptureError(f"{node.target} in {where(node)} multiplies a sum over samples by a value of each sample")
+            raise CaptureError(
+                f"{node.target} in {where(node)} multiplies a sum over samples by a value of each sample"
+            )
 
 
 def check_independent(graph: fx.Graph) -> None:
@@ -308,7 +322,10 @@ def _dims(position: int, default: int | None = None) -> Callable[[fx.Node], list
         value = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
         if value is None:
             return []
-        return [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
+        if isinstance(value, int):
+            return [value]
+        assert isinstance(value, (list, tuple))
+        return [int(d) for d in value]
 
     return read
 
@@ -338,4 +355,3 @@ def _per_sample(value: ValueSpec) -> int:
 def _default(node: fx.Node, position: int) -> Any:
     argument = node.target._schema.arguments[position]  # type: ignore[union-attr]
     return node.kwargs.get(argument.name, argument.default_value)
-

@@ -36,7 +36,7 @@ def merge(small: fx.Graph, large: fx.Graph, samples: tuple[int, int]) -> None:
     """
     first, second = list(small.nodes), list(large.nodes)
     for a, b in zip(first, second):
-        if a.op != b.op or str(a.target) != str(b.target) and a.op == "call_function":
+        if a.op != b.op or (str(a.target) != str(b.target) and a.op == "call_function"):
             raise CaptureError(f"the operations of {where(a)} depend on the number of samples ({a.target}, {b.target})")
     if len(first) != len(second):
         raise CaptureError(f"the number of operations depends on the number of samples ({len(first)}, {len(second)})")

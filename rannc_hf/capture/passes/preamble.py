@@ -46,8 +46,8 @@ def is_random(node: fx.Node) -> bool:
         return False
     name = str(node.target)
     if "dropout" in name:
-        return bool(node.args[2]) and node.args[1] != 0.0
+        return bool(node.args[2]) and bool(node.args[1] != 0.0)
     if "scaled_dot_product_attention" in name:
         rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return rate != 0.0
+        return bool(rate != 0.0)
     return True
