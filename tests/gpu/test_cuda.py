@@ -1,4 +1,4 @@
-"""On a GPU: stages in one process equal the plain model, in float32 and with bf16 copies."""
+"""On a GPU: stages in one process equal the plain model, in float64 and with bf16 copies."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from tests.parity.harness import (
     Result,
     Tolerance,
     compare,
-    gradients_of,
-    loss_of,
     merge,
     optimizer_of,
     plain,
     planner,
     shards,
+    train,
 )
 from tests.parity.models import CASES
 
@@ -50,17 +49,7 @@ def test_stages_equal_the_plain_model(name: str, replicas: tuple[int, ...]):
             planner=planner(replicas, 2, recompute="blocks"),
         )
         wrapped.register_optimizer(optimizer)
-        losses, norms, gradients = [], [], {}
-        for step in range(3):
-            loss = loss_of(wrapped(**parts[transport.rank]))
-            loss.backward()
-            gradients = gradients_of(wrapped) if step == 0 else gradients
-            norms.append(float(wrapped.clip_grad_norm_(0.5)))
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        assert wrapped.store is not None
-        return Result(losses, gradients, {n: p.detach().clone() for n, p in wrapped.store.owned.items()}, norms)
+        return train(wrapped, optimizer, parts[transport.rank], 3)
 
     compare(merge(LocalWorld(ranks).run(run)), plain(model, batch, 3), DOUBLE)
 
@@ -73,7 +62,7 @@ def test_bfloat16_with_dropout_repeats():
             module.p = 0.1
     batch = {k: v.cuda() for k, v in case.batch_as(8, torch.float32).items()}
 
-    def train(recompute: str) -> list[float]:
+    def losses_with(recompute: str) -> list[float]:
         parts = shards(batch, 2)
 
         def run(transport: Transport) -> list[float]:
@@ -99,7 +88,7 @@ def test_bfloat16_with_dropout_repeats():
 
         return LocalWorld(2).run(run)[0]
 
-    kept, again = train("none"), train("blocks")
+    kept, again = losses_with("none"), losses_with("blocks")
     # The same random numbers are drawn; atomic additions in the embeddings' gradients differ in the last bits of fp32,
     # which a later step may round to another bf16 number.
     assert kept[0] == again[0]

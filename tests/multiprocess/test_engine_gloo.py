@@ -21,13 +21,13 @@ from tests.parity.harness import (
     compare,
     difference,
     even_plan,
-    gradients_of,
     loss_of,
     merge,
     optimizer_of,
     plain,
     planner,
     shards,
+    train,
 )
 from tests.parity.models import CASES
 
@@ -42,19 +42,9 @@ def train_and_evaluate(rank: int, name: str, replicas: tuple[int, ...], steps: i
     wrapped = RanncModel(model, RanncConfig(length_multiple=1, timeout_s=60), device=CPU, planner=planner(replicas, 3))
     wrapped.register_optimizer(optimizer)
     part = shards(case.batch_as(9), sum(replicas))[rank]
-    losses, norms, gradients = [], [], {}
-    for step in range(steps):
-        loss = loss_of(wrapped(**part))
-        loss.backward()
-        gradients = gradients_of(wrapped) if step == 0 else gradients
-        norms.append(float(wrapped.clip_grad_norm_(0.5)))
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert wrapped.store is not None
-    parameters = {n: p.detach().clone() for n, p in wrapped.store.owned.items()}
+    result = train(wrapped, optimizer, part, steps)
     wrapped.eval()
-    return Result(losses, gradients, parameters, norms), wrapped(**part).logits, wrapped.full_state_dict()
+    return result, wrapped(**part).logits, wrapped.full_state_dict()
 
 
 @pytest.mark.parametrize(("name", "replicas"), [("t5", (1, 2)), ("gpt2", (2, 1, 1))])

@@ -165,26 +165,36 @@ def gradients_of(wrapped: RanncModel) -> dict[str, torch.Tensor | None]:
     return {n: p.grad.clone() if p.grad is not None else None for n, p in wrapped.store.owned.items()}
 
 
+def train(
+    wrapped: RanncModel, optimizer: torch.optim.Optimizer, part: Mapping[str, torch.Tensor], steps: int
+) -> Result:
+    """One rank's training on its own shard, as `plain` trains."""
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        loss = loss_of(wrapped(**part))
+        loss.backward()
+        gradients = gradients_of(wrapped) if step == 0 else gradients
+        norms.append(float(wrapped.clip_grad_norm_(0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert wrapped.store is not None
+    return Result(losses, gradients, {n: p.detach().clone() for n, p in wrapped.store.owned.items()}, norms)
+
+
 def pipelined(
     model: nn.Module, batch: Mapping[str, torch.Tensor], replicas: Sequence[int], make_plan: Planner, steps: int
 ) -> Result:
     """Training over the ranks of a plan in this process."""
     parts = shards(batch, sum(replicas))
-
-    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> Result:
-        losses, norms, gradients = [], [], {}
-        for step in range(steps):
-            loss = loss_of(wrapped(**parts[rank]))
-            loss.backward()
-            gradients = gradients_of(wrapped) if step == 0 else gradients
-            norms.append(float(wrapped.clip_grad_norm_(0.5)))
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        assert wrapped.store is not None
-        return Result(losses, gradients, {n: p.detach().clone() for n, p in wrapped.store.owned.items()}, norms)
-
-    return merge(on_ranks(model, sum(replicas), make_plan, run))
+    return merge(
+        on_ranks(
+            model,
+            sum(replicas),
+            make_plan,
+            lambda wrapped, optimizer, rank: train(wrapped, optimizer, parts[rank], steps),
+        )
+    )
 
 
 def merge(results: Sequence[Result]) -> Result:
