@@ -43,32 +43,37 @@ def _usage() -> str:
 
 
 def _plan_parser() -> argparse.ArgumentParser:
-    from rannc_hf.integrations.models import MODELS, TASKS
-
     parser = argparse.ArgumentParser(
         prog="rannc plan",
         description="Plan the training of a model on a cluster. Needs neither the devices nor the weights.",
     )
+    _model_options(parser, required=True)
     add = parser.add_argument
-    add("--model", required=True, help=f"{', '.join(MODELS)}; a directory, a config.json, or organisation/name")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the model's configuration")
-    add("--task", required=True, choices=list(TASKS))
     add("--batch-size", type=int, required=True, help="samples of the global batch")
-    add("--seq-length", type=int, required=True, help="tokens of a sample")
-    add("--cluster", required=True, help="e.g. 4x8xV100-32GB,ib=100 or 2xH200 or 4xCPU")
-    add("--dtype", choices=["bf16", "fp16", "fp32"], help="to compute in; default: the fastest of the device")
     add("--rannc", metavar="OPTIONS", help="options of RaNNC: a YAML or JSON file, or JSON")
     add("--json", action="store_true", help="print JSON")
     add("--output", metavar="FILE", help="write the plan to train with")
     return parser
 
 
+def _model_options(parser: argparse.ArgumentParser, required: bool) -> None:
+    """What is trained, and on what."""
+    from rannc_hf.integrations.models import MODELS, TASKS
+
+    add = parser.add_argument
+    add("--model", required=required, help=f"{', '.join(MODELS)}; a directory, a config.json, or organisation/name")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the model's configuration")
+    add("--task", required=required, choices=list(TASKS))
+    add("--seq-length", type=int, required=required, help="tokens of a sample")
+    add("--cluster", required=required, help="e.g. 4x8xV100-32GB,ib=100 or 2xH200 or 4xCPU")
+    add("--dtype", choices=["bf16", "fp16", "fp32"], help="to compute in; default: the fastest of the device")
+
+
 def _plan(arguments: Sequence[str]) -> int:
     args = _plan_parser().parse_args(arguments)
     started = time.perf_counter()
-    for name in ("batch_size", "seq_length"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
     graph, plan = _make_plan(args)
     seconds = time.perf_counter() - started
     if args.output:
@@ -84,28 +89,39 @@ def _plan(arguments: Sequence[str]) -> int:
 
 
 def _make_plan(args: argparse.Namespace) -> tuple[Graph, Plan]:
-    import torch
-    from transformers.utils import logging
-
-    from rannc_hf.capture import capture
     from rannc_hf.config import RanncConfig
     from rannc_hf.cost.analytic import analytic_costs
-    from rannc_hf.integrations.models import build_model, example_batch
     from rannc_hf.partition.cluster import Cluster
     from rannc_hf.partition.search import find_plan
 
-    logging.set_verbosity_error()
     cluster = Cluster.parse(args.cluster)
     config = RanncConfig.load(args.rannc or "auto")
     if config.plan is not None:
         raise ValueError("--rannc: `plan` is for training; here a plan is made")
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    # The first of equally fast ones.
-    dtype = kinds[args.dtype] if args.dtype else max(kinds.values(), key=cluster.device.rate)
-    model = build_model(args.model, args.task, _overrides(args.set))
-    graph = capture(model, example_batch(model, args.task, 2, args.seq_length), dtype=dtype)
+    graph = _capture(args)
     costs = analytic_costs(graph, cluster.device, args.batch_size)
     return graph, find_plan(graph, costs, cluster, args.batch_size, config)
+
+
+def _capture(args: argparse.Namespace) -> Graph:
+    """The graph of the model that `_model_options` describe, in the dtype that is fastest on the cluster."""
+    import torch
+    from transformers.utils import logging
+
+    from rannc_hf.capture import capture
+    from rannc_hf.integrations.models import build_model, example_batch
+    from rannc_hf.partition.cluster import Cluster
+
+    logging.set_verbosity_error()
+    if args.seq_length < 1:
+        raise ValueError(f"--seq-length must be at least 1, not {args.seq_length}")
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    dtype = kinds[args.dtype or "bf16"]
+    if args.cluster and not args.dtype:
+        # The first of equally fast ones.
+        dtype = max(kinds.values(), key=Cluster.parse(args.cluster).device.rate)
+    model = build_model(args.model, args.task, _overrides(args.set))
+    return capture(model, example_batch(model, args.task, 2, args.seq_length), dtype=dtype)
 
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -171,6 +187,19 @@ def _as_json(plan: Plan, graph: Graph, args: argparse.Namespace, seconds: float)
     }
 
 
+def _report(arguments: Sequence[str]) -> int:
+    from rannc_hf.report.command import add_arguments, run
+
+    parser = argparse.ArgumentParser(
+        prog="rannc report",
+        description="Write a plan as a page for a browser. The plan file is enough; with --cluster the page shows "
+        "memory limits, with the model (options as for `rannc plan`) names, sizes and times of its blocks too.",
+    )
+    add_arguments(parser)
+    _model_options(parser, required=False)
+    return run(parser.parse_args(arguments), _capture)
+
+
 def _launch(arguments: Sequence[str]) -> int:
     from rannc_hf.integrations import launch
 
@@ -180,6 +209,7 @@ def _launch(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "plan": ("plan the training of a model on a cluster", _plan),
+    "report": ("show a plan, and a measured step, as a page for a browser", _report),
     "launch": ("run a training script on the processes of this machine or a cluster", _launch),
 }
 """Subcommand to what it does and the function that runs it with its arguments and returns the exit status."""

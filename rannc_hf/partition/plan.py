@@ -132,6 +132,10 @@ class Plan:
                 f"is {self.graph_hash!r}, but the model, its batch or its precision give {graph.structural_hash!r}; "
                 "make a new plan for this model (leave `plan` out of the config, or run `rannc plan`)",
             )
+        self.check_shape(len(graph.blocks), world_size)
+
+    def check_shape(self, blocks: int, world_size: int) -> None:
+        """Raise ValueError, naming the field, unless the plan runs `blocks` blocks once each on `world_size` ranks."""
         if self.schedule not in SCHEDULES:
             raise PlanFieldError("schedule", f"is {self.schedule!r}, not one of {', '.join(SCHEDULES)}")
         if not self.stages:
@@ -141,12 +145,11 @@ class Plan:
                 raise PlanFieldError(
                     f"stages[{index}].recompute", f"is {stage.recompute!r}, not one of {', '.join(RECOMPUTE)}"
                 )
-        self._check_blocks(graph)
+        self._check_blocks(blocks)
         self._check_ranks(world_size)
         self._check_microbatches()
 
-    def _check_blocks(self, graph: Graph) -> None:
-        count = len(graph.blocks)
+    def _check_blocks(self, count: int) -> None:
         expected = 0
         for index, stage in enumerate(self.stages):
             if stage.first_block != expected:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from rannc_hf.partition.cluster import Cluster
 from rannc_hf.partition.dp import Candidate
+from rannc_hf.partition.segments import Crossing
 from rannc_hf.partition.simulate import Edge, Simulation, StageTimes, simulate
 from rannc_hf.partition.stages import Stage, StageModel
 
@@ -32,7 +34,8 @@ def _simulate(model: StageModel, c: Candidate) -> Simulation:
         forward, backward = model.times(stage, recompute)
         ways = model.problem.ways(own[0], stage.replicas)
         times.append(StageTimes(forward, backward, model.tail_us(stage, ways)))
-    return simulate(times, _edges(model, c.stages, ranks), c.schedule, c.microbatches)
+    crossings, cluster = model.problem.segments.crossings, model.problem.cluster
+    return simulate(times, edges_of(crossings, cluster, c.stages, ranks, model.samples), c.schedule, c.microbatches)
 
 
 def stage_ranks(stages: Sequence[Stage]) -> Iterator[tuple[int, ...]]:
@@ -42,17 +45,22 @@ def stage_ranks(stages: Sequence[Stage]) -> Iterator[tuple[int, ...]]:
         first += stage.replicas
 
 
-def _edges(model: StageModel, stages: Sequence[Stage], ranks: Sequence[tuple[int, ...]]) -> list[Edge]:
-    """One edge for each pair of stages that values go between, skipping stages or not."""
-    cluster = model.problem.cluster
+def edges_of(
+    crossings: Sequence[Crossing],
+    cluster: Cluster,
+    stages: Sequence[Stage],
+    ranks: Sequence[tuple[int, ...]],
+    samples: int,
+) -> list[Edge]:
+    """One edge for each pair of stages that values go between, skipping stages or not; `samples` of a microbatch."""
     stage_of = [s for s, stage in enumerate(stages) for _ in range(stage.first, stage.last + 1)]
     sizes: dict[tuple[int, int], list[float]] = {}
-    for value in model.problem.segments.crossings:
+    for value in crossings:
         source = stage_of[value.producer]
         for destination in {stage_of[c] for c in value.consumers} - {source}:
             amount = sizes.setdefault((source, destination), [0.0, 0.0])
-            amount[0] += value.constant + value.per_sample * model.samples
-            amount[1] += (value.constant + value.per_sample * model.samples) * value.needs_grad
+            amount[0] += value.constant + value.per_sample * samples
+            amount[1] += (value.constant + value.per_sample * samples) * value.needs_grad
     edges = []
     for (source, destination), (forward, backward) in sorted(sizes.items()):
         both = (*ranks[source], *ranks[destination])

@@ -32,6 +32,20 @@ class Edge(NamedTuple):
     backward: float | None
 
 
+class Event(NamedTuple):
+    """One thing a stage does: "forward", "backward", "send_act", "send_grad", "reduce_grad" or "optimizer".
+
+    `microbatch` is None for the last two; `peer` is the stage a message goes to.
+    """
+
+    kind: str
+    stage: int
+    microbatch: int | None
+    start_us: float
+    end_us: float
+    peer: int | None = None
+
+
 @dataclass(frozen=True)
 class Simulation:
     """Times of one step in microseconds."""
@@ -64,9 +78,15 @@ def order(schedule: str, stages: int, stage: int, microbatches: int) -> list[tup
     return computes
 
 
-def simulate(stages: Sequence[StageTimes], edges: Sequence[Edge], schedule: str, microbatches: int) -> Simulation:
-    """Time of one step of `stages` joined by `edges`."""
-    run = _Run(stages, edges, schedule, microbatches)
+def simulate(
+    stages: Sequence[StageTimes],
+    edges: Sequence[Edge],
+    schedule: str,
+    microbatches: int,
+    events: list[Event] | None = None,
+) -> Simulation:
+    """Time of one step of `stages` joined by `edges`; computes and transfers are appended to `events`."""
+    run = _Run(stages, edges, schedule, microbatches, events)
     while run.advance():
         pass
     assert all(not rest for rest in run.orders), "the schedule waits in a circle"
@@ -76,9 +96,16 @@ def simulate(stages: Sequence[StageTimes], edges: Sequence[Edge], schedule: str,
 
 
 class _Run:
-    def __init__(self, stages: Sequence[StageTimes], edges: Sequence[Edge], schedule: str, microbatches: int) -> None:
+    def __init__(
+        self,
+        stages: Sequence[StageTimes],
+        edges: Sequence[Edge],
+        schedule: str,
+        microbatches: int,
+        events: list[Event] | None,
+    ) -> None:
         count = len(stages)
-        self.stages = stages
+        self.stages, self.events = stages, events
         self.orders = [order(schedule, count, s, microbatches)[::-1] for s in range(count)]
         self.free = [0.0] * count
         self.waits: list[tuple[list[int], list[int]]] = [([], []) for _ in range(count)]
@@ -111,8 +138,13 @@ class _Run:
             start = max(start, arrival)
         end = start + (self.stages[s].backward if backward else self.stages[s].forward)
         self.free[s] = end
+        if self.events is not None:
+            self.events.append(Event("backward" if backward else "forward", s, microbatch, start, end))
         for peer, duration in self.sends[s][backward]:
             sent = max(end, self.link_free.get((s, peer), 0.0)) + duration
+            if self.events is not None:
+                kind = "send_grad" if backward else "send_act"
+                self.events.append(Event(kind, s, microbatch, sent - duration, sent, peer))
             self.link_free[s, peer] = sent
             self.arrived[s, peer, backward, microbatch] = sent
         return True

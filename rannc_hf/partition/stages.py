@@ -133,19 +133,9 @@ class StageModel:
         cluster, seg, r = self.problem.cluster, self.problem.segments, np.array(self.replicas)[None, :, None]
         n = seg.count
         blocks = np.maximum(1, np.arange(n)[None, :] - np.arange(n)[:, None] + 1)[:, None, :]
-        device = cluster.device
-        optimizer = seg.trained * _OPTIMIZER_BYTES / device.memory_bandwidth * 1e6
-        optimizer += seg.tensors * _OPTIMIZER_OPERATIONS * max(device.host_us, device.kernel_us)
-
-        def tail(link: Link) -> Floats:
-            # One message a block, so that all but the last overlap with the backward that goes on.
-            messages = 2 * (r - 1) * link.latency_s * blocks
-            reduce = (messages + 2 * (r - 1) / r * seg.gradient_bytes[:, None, :] / link.bandwidth) * 1e6
-            hidden = self.backward * (1 - 1 / blocks) if device.overlaps else 0.0
-            exposed = np.maximum(reduce / blocks, reduce - hidden)
-            return np.asarray(exposed + optimizer[:, None, :])
-
-        self.tail = {False: tail(cluster.intra), True: tail(cluster.inter)}
+        held = (a[:, None, :] for a in (seg.gradient_bytes, seg.trained, seg.tensors))
+        work = TailWork(self.backward, blocks, *held)
+        self.tail = {wide: tail_of(cluster, wide, r, work).total for wide in (False, True)}
         limit = self.problem.memory_bytes - seg.state_bytes[:, None, :]
         tiny = 1e-9
         self.flight_none = np.floor((limit - self.extra_none) / (self.kept_none + tiny))
@@ -235,6 +225,43 @@ class StageModel:
     def step_bound(self) -> float:
         """No plan with this many microbatches is faster: all devices busy all the time."""
         return self.microbatches * float(self.work.sum()) / self.problem.cluster.size
+
+
+class TailWork(NamedTuple):
+    """What a stage (or each of an array of stages) has to do around and after its last backward."""
+
+    backward_us: Floats
+    """Without recomputation."""
+    blocks: Floats
+    gradient_bytes: Floats
+    trained: Floats
+    tensors: Floats
+
+
+class Tail(NamedTuple):
+    """Microseconds of the gradient reduction, of the part of it after the last backward, and of the optimizer."""
+
+    reduce: Floats
+    exposed: Floats
+    optimizer: Floats
+
+    @property
+    def total(self) -> Floats:
+        """From the last backward to the end of the step."""
+        return np.asarray(self.exposed + self.optimizer)
+
+
+def tail_of(cluster: Cluster, between_nodes: bool, replicas: Floats, work: TailWork) -> Tail:
+    """The end of a step for stages of `replicas` each, in one node or over several."""
+    link, device, r = cluster.inter if between_nodes else cluster.intra, cluster.device, replicas
+    # One message a block, so that all but the last overlap with the backward that goes on.
+    messages = 2 * (r - 1) * link.latency_s * work.blocks
+    reduce = (messages + 2 * (r - 1) / r * work.gradient_bytes / link.bandwidth) * 1e6
+    hidden = work.backward_us * (1 - 1 / work.blocks) if device.overlaps else 0.0
+    exposed = np.maximum(reduce / work.blocks, reduce - hidden)
+    optimizer = work.trained * _OPTIMIZER_BYTES / device.memory_bandwidth * 1e6
+    optimizer = optimizer + work.tensors * _OPTIMIZER_OPERATIONS * max(device.host_us, device.kernel_us)
+    return Tail(reduce, exposed, optimizer)
 
 
 def in_flight(schedule: str, stages: int, stage: int, microbatches: int) -> int:
