@@ -17,20 +17,27 @@ import torch.fx as fx
 from .errors import module_path
 from .graph import Block, Graph
 from .passes.per_sample import PerSample, spec
-from .passes.preamble import is_random
+from .passes.schema import is_random
 
 _PIECES = 16
 """Into how many blocks a part of a model without repeated modules is cut."""
 
 
 def make_blocks(
-    graph: fx.Graph, preamble: set[fx.Node], parameter_names: Mapping[str, str], outputs: set[fx.Node]
+    graph: fx.Graph,
+    preamble: set[fx.Node],
+    parameter_names: Mapping[str, str],
+    outputs: set[fx.Node],
+    sums: set[fx.Node],
 ) -> tuple[Block, ...]:
-    """Blocks over the operations of `graph` outside the preamble; `outputs` are nodes needed by the user."""
+    """Blocks over the operations of `graph` outside the preamble.
+
+    `outputs` are nodes needed by the user; `sums` hold sums over the samples of a slice, which never leave a block.
+    """
     body = [n for n in graph.nodes if n.op == "call_function" and n not in preamble]
     if not body:
         return ()
-    cuts = _cuts(body, preamble, parameter_names, outputs)
+    cuts = _cuts(body, parameter_names, outputs, sums)
     position = {n: i for i, n in enumerate(body)}
     bounds = [0, *cuts, len(body)]
     blocks = []
@@ -51,9 +58,9 @@ def block_of(graph: Graph, index: int, nodes: Sequence[fx.Node], outputs: Sequen
 
 
 def _cuts(
-    body: list[fx.Node], preamble: set[fx.Node], parameter_names: Mapping[str, str], outputs: set[fx.Node]
+    body: list[fx.Node], parameter_names: Mapping[str, str], outputs: set[fx.Node], sums: set[fx.Node]
 ) -> list[int]:
-    crossing = _crossing_bytes(body, outputs)
+    crossing = _crossing_bytes(body, outputs, sums)
     units = _units(body)
     cuts = [i for i in range(1, len(body)) if units[i] != units[i - 1] and crossing[i] is not None]
     bounds = [0, *cuts, len(body)]
@@ -61,14 +68,14 @@ def _cuts(
     for start, stop in itertools.pairwise(bounds):
         if stop - start > max(len(body) // 4, 24) and len(bounds) < _PIECES // 2:
             extra += _cheapest(crossing, start, stop, _PIECES)
-    return _merge_small(sorted({*cuts, *extra}), body, parameter_names, units)
+    return _merge_small(sorted({*cuts, *extra}), body, parameter_names)
 
 
-def _crossing_bytes(body: list[fx.Node], outputs: set[fx.Node]) -> list[int | None]:
+def _crossing_bytes(body: list[fx.Node], outputs: set[fx.Node], sums: set[fx.Node]) -> list[int | None]:
     """For each position, bytes a sample of the values that cross it; None where a cut is not possible.
 
-    A cut is impossible where a tuple crosses, or a value with several rows a sample: which of its rows belong to
-    which sample cannot be told from its shape.
+    A cut is impossible where a tuple crosses, or a value with several rows a sample (which of its rows belong to
+    which sample cannot be told from its shape), or a sum over samples (each replica holds only its part of it).
     """
     position = {n: i for i, n in enumerate(body)}
     size = [0] * (len(body) + 1)
@@ -78,7 +85,7 @@ def _crossing_bytes(body: list[fx.Node], outputs: set[fx.Node]) -> list[int | No
         if node in outputs:
             last = max(last, i)
         own = spec(node)
-        cannot = own is None or (own.batch_dim is not None and own.rows != 1)
+        cannot = own is None or (own.batch_dim is not None and own.rows != 1) or node in sums
         size[i + 1] += own.bytes_at(1) if own is not None else 0
         blocked[i + 1] += cannot
         if last + 1 <= len(body):
@@ -94,17 +101,28 @@ def _crossing_bytes(body: list[fx.Node], outputs: set[fx.Node]) -> list[int | No
 
 
 def _units(body: list[fx.Node]) -> list[str]:
-    """The repeated module each operation belongs to: its path up to the first index that tells modules apart."""
-    paths = [module_path(n) for n in body]
+    """The repeated module each operation belongs to: its path up to the first index that tells modules apart.
+
+    Each call of a module that is called again and again is one of its own.
+    """
     for depth in range(1, 4):
-        units = [_prefix(p, depth) for p in paths]
+        units = [_unit(n, depth) for n in body]
         named = [u for u in units if u]
         if not named:
             break
         most = max(named.count(u) for u in set(named))
         if most <= max(len(body) // 2, 24):
             return units
-    return [p.split(".")[0] for p in paths]
+    return [module_path(n).split(".")[0] for n in body]
+
+
+def _unit(node: fx.Node, indices: int) -> str:
+    prefix = _prefix(module_path(node), indices)
+    for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+        if prefix and (path == prefix or path.startswith(f"{prefix}.")):
+            # Export marks the second call of a module as `name@1`.
+            return prefix + "@".join(["", *key.split("@")[1:]])
+    return prefix
 
 
 def _prefix(path: str, indices: int) -> str:
@@ -133,15 +151,12 @@ def _cheapest(crossing: Sequence[int | None], start: int, stop: int, pieces: int
     return chosen
 
 
-def _merge_small(
-    cuts: list[int], body: list[fx.Node], parameter_names: Mapping[str, str], units: list[str]
-) -> list[int]:
+def _merge_small(cuts: list[int], body: list[fx.Node], parameter_names: Mapping[str, str]) -> list[int]:
     """Drop cuts that would leave a block without parameters: it goes with the block before it."""
     kept: list[int] = []
     bounds = [0, *cuts, len(body)]
     for start, stop in itertools.pairwise(bounds[1:]):
-        used = {a.name for n in body[start:stop] for a in n.all_input_nodes} & set(parameter_names)
-        if used:
+        if any(a.name in parameter_names for n in body[start:stop] for a in n.all_input_nodes):
             kept.append(start)
     first = {a.name for n in body[: kept[0]] for a in n.all_input_nodes} & set(parameter_names) if kept else {""}
     return kept if first else kept[1:]
@@ -229,5 +244,5 @@ def _arguments_text(value: Any, refer: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "(" + ",".join(_arguments_text(v, refer) for v in value) + ")"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{_arguments_text(v, refer)}" for k, v in sorted(value.items())) + "}"
+        return "{" + ",".join(f"{k}:{_arguments_text(v, refer)}" for k, v in value.items()) + "}"
     return repr(value) if isinstance(value, (PerSample, float)) else str(value)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,15 +17,16 @@ from .blocks import make_blocks
 from .errors import CaptureError
 from .export import Export, batch_size, export_step
 from .graph import Block, Graph, ParameterSpec
-from .passes.cleanup import drop_assertions, drop_lifts
+from .passes.cleanup import drop_assertions, drop_dead, drop_lifts
+from .passes.counts import Counts, count_samples
 from .passes.functionalize import functionalize
-from .passes.loss import check_independent, globalize
-from .passes.per_sample import merge, spec
-from .passes.preamble import mark_gradients, mark_preamble
+from .passes.independence import check_independent
+from .passes.loss import globalize
+from .passes.per_sample import SAMPLES, merge, spec
+from .passes.preamble import copy_outputs, mark_gradients, mark_preamble
 from .passes.regions import inline_regions
-
-_SAMPLES = (2, 3)
-"""The two sample counts whose exports are compared. Neither is 1, which models may treat as a special case."""
+from .state import preserved
+from .watch import find_loss
 
 
 def capture(
@@ -38,50 +38,94 @@ def capture(
     the batch only shapes and dtypes matter. A training graph computes the loss alone; an evaluation graph all outputs.
 
     Args:
-        model: any module; its parameters are not touched.
-        batch: arguments of `forward` by name; tensors have the samples in dimension 0.
+        model: any module. It is left as it was: parameters, buffers, modes and attributes.
+        batch: arguments of `forward` by name; tensors have the samples in dimension 0. Nones are left out.
         dtype: dtype of the floating parameters in the graph; None for their own.
         training: the mode to capture the model in.
 
     Raises:
         CaptureError: the message names the operation, the module it is in, and what to try.
+        ValueError: for a batch without samples, or one whose fields disagree.
     """
-    batch = _without_cache(model, dict(batch))
-    total = batch_size(batch)
-    with _mode(model, training):
-        small, large = (_clean(export_step(model, batch, n, total, dtype)) for n in _SAMPLES)
-    graph = small.module.graph
-    merge(graph, large.module.graph, _SAMPLES)
-    paths, loss, nodes = _outputs(small, model)
-    if training:
-        if loss is None:
-            raise CaptureError(
-                f"{type(model).__name__} returns no loss for a batch with the fields {sorted(batch)}: pass labels, or "
-                "return the loss as `loss`, as the first output, or as the only output"
-            )
-        paths, nodes = {"loss": loss}, {"loss": nodes[loss]}
-    return _finish(small, model, training, paths, loss)
+    inputs = _arguments(model, batch)
+    total = batch_size(inputs)
+    with preserved(model):
+        # Modules that the user has set apart (a frozen part in eval mode) keep their own mode.
+        if model.training != training:
+            model.train(training)
+        for module in model.modules():
+            # What is recomputed is up to the plan.
+            if getattr(module, "gradient_checkpointing", False):
+                module.__dict__["gradient_checkpointing"] = False
+        small, large = (_step(export_step(model, inputs, n, total, dtype), model, batch, training) for n in SAMPLES)
+    merge(small.graph, large.graph, (small.export.constants, large.export.constants))
+    return _finish(small, model, training)
 
 
-def _finish(export: Export, model: nn.Module, training: bool, paths: dict[str, str], loss: str | None) -> Graph:
+@dataclass(frozen=True)
+class _Step:
+    """An exported step, cleaned down to what its outputs need."""
+
+    export: Export
+    paths: Mapping[str, str]
+    """Path of each output to the node that the model returned."""
+    loss: str | None
+    """The path of the loss."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.export.module.graph
+
+
+def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: bool) -> _Step:
+    structure = pytree.tree_unflatten(list(export.output_names), export.output_spec)
+    leaves, _ = pytree.tree_flatten_with_path(structure)
+    paths = {_path(keys): name for keys, name in leaves if isinstance(name, str)}
+    loss = find_loss(structure)
     graph = export.module.graph
+    output = next(n for n in graph.nodes if n.op == "output")
+    values = dict(zip(export.output_names, output.args[0][-len(export.output_names) :]))
+    value = values[loss].meta["val"] if isinstance(loss, str) else None
+    loss_path = next((p for p, name in paths.items() if name == loss), None)
+    if value is None or value.dim() != 0 or not value.is_floating_point():
+        if training:
+            raise CaptureError(_refuse_loss(model, batch, value))
+        loss_path = None
+    if training:
+        assert loss_path is not None
+        paths = {"loss": paths[loss_path]}
+        loss_path = "loss"
+    output.args = (tuple(values[name] for name in paths.values()),)
+    inline_regions(export.module)
+    drop_assertions(graph)
+    drop_dead(graph, keep=[n.name for n in graph.nodes if n.is_impure()])
+    functionalize(graph, export.fake_mode, export.buffer_inputs, export.parameter_inputs)
+    drop_lifts(graph)
+    drop_dead(graph)
+    return _Step(export, paths, loss_path)
+
+
+def _finish(step: _Step, model: nn.Module, training: bool) -> Graph:
+    graph, export = step.graph, step.export
     specs, names = _parameters(model, export)
     _redirect_tied(graph, names)
-    _set_outputs(graph, paths)
-    _drop_dead(graph)
-    preamble = mark_preamble(graph, set(names))
-    check_independent(graph)
-    counts = globalize(graph, preamble)
-    _mark_needs_grad(graph, {p for p, n in names.items() if specs[n].trainable})
-    # The loss may have been replaced by its global form.
+    drop_dead(graph)
+    preamble = mark_preamble(graph, names)
+    check_independent(graph, preamble)
     output = next(n for n in graph.nodes if n.op == "output")
-    by_path = dict(zip(paths, output.args[0]))
-    outputs = {path: node.name for path, node in by_path.items()}
-    loss_name = next((outputs[path] for path, name in paths.items() if name == loss), None) if loss else None
-    count_nodes = {c.node for c in counts if c.node}
-    _drop_dead(graph, keep=count_nodes)
-    blocks = make_blocks(graph, preamble, names, set(by_path.values()))
+    by_path = dict(zip(step.paths, output.args[0]))
+    counts = Counts(graph, preamble, export.fake_mode)
+    count_samples(counts)
+    sums = globalize(graph, counts, by_path[step.loss] if step.loss is not None else None)
+    if not training:
+        copy_outputs(graph, preamble)
+    _mark_needs_grad(graph, {p for p, n in names.items() if specs[n].trainable})
+    # Outputs may have been replaced by their global form.
+    by_path = dict(zip(step.paths, output.args[0]))
+    drop_dead(graph, keep={c.node for c in counts.made if c.node is not None})
     live = {n.name for n in graph.nodes}
+    outputs = {path: node.name for path, node in by_path.items()}
+    blocks = make_blocks(graph, preamble, names, set(by_path.values()), sums)
     result = Graph(
         fx_graph=graph,
         training=training,
@@ -90,61 +134,49 @@ def _finish(export: Export, model: nn.Module, training: bool, paths: dict[str, s
         buffer_inputs={p: n for p, n in export.buffer_inputs.items() if p in live},
         constants={p: t for p, t in export.constants.items() if p in live},
         batch_inputs={p: f for p, f in export.batch_inputs.items() if p in live},
-        counts=tuple(c for c in counts if c.placeholder in live),
+        counts=tuple(c for c in counts.made if c.placeholder in live),
         values={n.name: own for n in graph.nodes if (own := spec(n)) is not None},
         preamble=frozenset(n.name for n in preamble if n.name in live),
         blocks=blocks,
-        loss=loss_name,
+        loss=outputs[step.loss] if step.loss is not None else None,
         outputs=outputs,
         output_spec=export.output_spec,
-        output_leaves=tuple(next((k for k, v in paths.items() if v == o), None) for o in export.output_names),
+        output_leaves=_leaves(step),
+        sums=frozenset(n.name for n in sums if n.name in live),
         structural_hash=_hash(blocks, specs),
     )
     if training:
-        _check_loss(result)
+        _check_gradients(result, export.gradients)
     return result
 
 
-def _clean(export: Export) -> Export:
-    inline_regions(export.module)
-    graph = export.module.graph
-    drop_assertions(graph)
-    functionalize(graph, export.fake_mode, export.buffer_inputs)
-    drop_lifts(graph)
-    return export
-
-
-def _outputs(export: Export, model: nn.Module) -> tuple[dict[str, str], str | None, dict[str, fx.Node]]:
-    """Outputs by path, the name of the loss among them, and nodes by name."""
-    nodes = {n.name: n for n in export.module.graph.nodes}
-    output = next(n for n in export.module.graph.nodes if n.op == "output")
-    # Functionalisation may have replaced the nodes that the signature names: read them off the graph.
-    flat = output.args[0]
-    assert isinstance(flat, (tuple, list))
-    names = tuple(n.name if isinstance(n, fx.Node) and spec(n) is not None else None for n in flat)
-    object.__setattr__(export, "output_names", names[-len(export.output_names) :])
-    structure = pytree.tree_unflatten(list(export.output_names), export.output_spec)
-    with_paths, _ = pytree.tree_flatten_with_path(structure)
-    paths = {_path(p): v for p, v in with_paths if isinstance(v, str)}
-    return paths, _loss(structure, nodes), nodes
+# -- outputs ---------------------------------------------------------------------------------------------------------
 
 
 def _path(keys: tuple[Any, ...]) -> str:
     return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys) or "0"
 
 
-def _loss(structure: Any, nodes: dict[str, fx.Node]) -> str | None:
-    """The loss among the outputs: `loss`, the only output, or the first of a tuple, if it is a scalar."""
-    if isinstance(structure, Mapping):
-        candidate = structure.get("loss")
-    elif isinstance(structure, (tuple, list)):
-        candidate = getattr(structure, "loss", structure[0] if structure else None)
-    else:
-        candidate = getattr(structure, "loss", structure)
-    if not isinstance(candidate, str):
-        return None
-    own = spec(nodes[candidate])
-    return candidate if own is not None and own.shape == () and own.dtype.is_floating_point else None
+def _leaves(step: _Step) -> tuple[str | None, ...]:
+    """For each leaf of what `forward` returns, the path of the output that holds it."""
+    path_of: dict[str | None, str] = {}
+    for path, name in step.paths.items():
+        path_of.setdefault(name, path)
+    return tuple(path_of.get(name) for name in step.export.output_names)
+
+
+def _refuse_loss(model: nn.Module, batch: Mapping[str, Any], value: torch.Tensor | None) -> str:
+    text = f"{type(model).__name__} returns no loss for a batch with the fields {sorted(batch)}"
+    if value is None:
+        return f"{text}: pass labels, or return the loss as `loss`, as the first output, or as the only output"
+    return (
+        f"{text}: its `loss`, or first or only output, is not a floating scalar, but {value.dtype} of shape "
+        f"{tuple(value.shape)} for {SAMPLES[0]} samples; pass labels if it takes any, and return the sum or mean of "
+        "the loss"
+    )
+
+
+# -- parameters ------------------------------------------------------------------------------------------------------
 
 
 def _parameters(model: nn.Module, export: Export) -> tuple[dict[str, ParameterSpec], dict[str, str]]:
@@ -165,7 +197,7 @@ def _parameters(model: nn.Module, export: Export) -> tuple[dict[str, ParameterSp
     return specs, {p: of_name[n] for p, n in export.parameter_inputs.items()}
 
 
-def _redirect_tied(graph: fx.Graph, names: dict[str, str]) -> None:
+def _redirect_tied(graph: fx.Graph, names: Mapping[str, str]) -> None:
     """Uses of a tied weight's other names become uses of its first placeholder."""
     first: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
@@ -173,18 +205,6 @@ def _redirect_tied(graph: fx.Graph, names: dict[str, str]) -> None:
             kept = first.setdefault(names[node.name], node)
             if kept is not node:
                 node.replace_all_uses_with(kept)
-
-
-def _set_outputs(graph: fx.Graph, paths: dict[str, str]) -> None:
-    nodes = {n.name: n for n in graph.nodes}
-    output = next(n for n in graph.nodes if n.op == "output")
-    output.args = (tuple(nodes[name] for name in paths.values()),)
-
-
-def _drop_dead(graph: fx.Graph, keep: Collection[str] = ()) -> None:
-    for node in reversed(list(graph.nodes)):
-        if node.op != "output" and not node.users and node.name not in keep:
-            graph.erase_node(node)
 
 
 def _mark_needs_grad(graph: fx.Graph, trainable: set[str]) -> None:
@@ -196,10 +216,19 @@ def _mark_needs_grad(graph: fx.Graph, trainable: set[str]) -> None:
             node.meta["spec"] = replace(own, needs_grad=node in carriers)
 
 
-def _check_loss(graph: Graph) -> None:
+def _check_gradients(graph: Graph, expected: frozenset[str]) -> None:
+    """Compare where the graph leads the loss's gradient with where autograd did."""
     assert graph.loss is not None
     if not graph.values[graph.loss].needs_grad:
-        raise CaptureError("the loss depends on no trainable parameter: check requires_grad and that forward uses them")
+        raise CaptureError("the loss depends on no trainable parameter: check requires_grad, and what forward uses")
+    found = graph.gradient_parameters()
+    wrong = sorted(expected ^ found)
+    if wrong:
+        raise CaptureError(
+            f"the captured step would {'not ' if wrong[0] in expected else ''}give a gradient to '{wrong[0]}' "
+            f"({len(wrong)} parameters differ), unlike the model itself: an operation between it and the loss is "
+            "captured without its backward"
+        )
 
 
 def _hash(blocks: tuple[Block, ...], specs: Mapping[str, ParameterSpec]) -> str:
@@ -209,25 +238,20 @@ def _hash(blocks: tuple[Block, ...], specs: Mapping[str, ParameterSpec]) -> str:
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
-def _without_cache(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """Key-value caches are for generation: a training or evaluation step neither needs nor can split them."""
-    if "use_cache" in batch or not getattr(getattr(model, "config", None), "use_cache", False):
-        return batch
+# -- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch without Nones, and without the key-value cache, which is for generation: it could not be split."""
+    result = {name: value for name, value in batch.items() if value is not None}
+    for name, value in result.items():
+        if not isinstance(value, torch.Tensor) and any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value)):
+            raise CaptureError(
+                f"field '{name}' of the batch is a {type(value).__name__} of tensors; fields must be tensors with the "
+                "samples in dimension 0, or plain values"
+            )
+    if "use_cache" in result or not getattr(getattr(model, "config", None), "use_cache", False):
+        return result
     accepted = inspect.signature(model.forward).parameters
     takes = "use_cache" in accepted or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
-    return {**batch, "use_cache": False} if takes else batch
-
-
-@contextlib.contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put the model into a mode for a while. Modules that the user has set apart keep their own mode in training."""
-    if model.training == training:
-        yield
-        return
-    saved = {m: m.training for m in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in saved.items():
-            module.training = mode
+    return {**result, "use_cache": False} if takes else result

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 import torch.fx as fx
+
+_OURS = f"{Path(__file__).resolve().parents[1]}/"
+_TORCH = f"{Path(torch.__file__).resolve().parent}/"
+_PYTHON = f"{sysconfig.get_paths()['stdlib']}/"
+# Parts of Transformers that every model's calls run through; a line of theirs says nothing about the model.
+_PLUMBING = re.compile(
+    r"/transformers/(utils|integrations|configuration_utils|modeling_utils|modeling_layers|pytorch_utils|cache_utils)\b"
+)
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+).*\n(?: {4}(?P<code>.*))?')
 
 
 class CaptureError(ValueError):
-    """The step cannot be captured or split exactly; the message names the operation, the module and a way out."""
+    """The step cannot be captured, or not split exactly; the message names the operation, the module and a way out."""
 
 
 def where(node: fx.Node) -> str:
@@ -14,15 +29,19 @@ def where(node: fx.Node) -> str:
     path = module_path(node)
     text = f"module '{path}'" if path else "the model's own forward"
     trace = node.meta.get("stack_trace")
-    if isinstance(trace, str):
-        lines = [line.strip() for line in trace.strip().splitlines()]
-        files = [i for i, line in enumerate(lines) if line.startswith("File ")]
-        if files:
-            file = lines[files[-1]].split('"')[1].rsplit("/", 1)[-1]
-            number = lines[files[-1]].split("line ")[-1].split(",")[0]
-            code = lines[files[-1] + 1] if files[-1] + 1 < len(lines) else ""
-            text += f" ({file}:{number}: {code})"
-    return text
+    frames = [(f["file"], f["line"], f["code"]) for f in _FRAME.finditer(trace)] if isinstance(trace, str) else []
+    line = source_line(frames)
+    return f"{text} ({line})" if line else text
+
+
+def source_line(frames: Sequence[tuple[str, object, str | None]]) -> str | None:
+    """``file.py:12: code`` of the innermost of `frames` (file, line, code) that belongs to the model."""
+    for plumbing in (False, True):
+        for file, line, code in reversed(frames):
+            library = file.startswith("<") or (file.startswith(_PYTHON) and "/site-packages/" not in file)
+            if not library and not file.startswith((_TORCH, _OURS)) and (plumbing or not _PLUMBING.search(file)):
+                return f"{file.rsplit('/', 1)[-1]}:{line}: {(code or '').strip()}"
+    return None
 
 
 def module_path(node: fx.Node) -> str:

@@ -1,7 +1,7 @@
 """`Graph`: one training (or evaluation) step of a model as a flat list of operations, cut into blocks.
 
 A graph is captured once for a batch of any number of samples. Sizes that depend on the number of samples are stored
-per sample (`ValueSpec.rows`, `BatchInts`), so `instantiate` gives the operations for exactly the samples a replica
+per sample (`ValueSpec.rows`, `PerSample`), so `instantiate` gives the operations for exactly the samples a replica
 holds.
 """
 
@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 class ValueSpec:
     """Shape and dtype of a value for any number of samples.
 
-    `shape` holds the sizes for one sample at `batch_dim` times `rows`: a value with `batch_dim` d has
-    `samples * rows` entries along d and its rows are in sample order. `batch_dim` is None for a value that is the
-    same for every sample.
+    `shape` is the shape for one sample: a value with `batch_dim` d has `samples * rows` entries along d. Where `rows`
+    is 1 they are the samples in order. `batch_dim` is None for a value without samples: one that is the same for all,
+    or a sum over those of a slice (`Graph.sums`).
     """
 
     shape: tuple[int, ...]
@@ -124,6 +124,8 @@ class Graph:
     """Structure of what `forward` returns."""
     output_leaves: tuple[str | None, ...] = ()
     """For each leaf of `output_spec`, its path in `outputs`; None for what is not a tensor or is not computed."""
+    sums: frozenset[str] = frozenset()
+    """Values that are sums over the samples of a slice: those of all slices add up to that of the whole batch."""
     structural_hash: str = field(default="")
     """Hash of the parameters and of which block uses which; a plan is bound to it."""
 

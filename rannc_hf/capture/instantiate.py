@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,9 @@ def preamble_function(
     return fx.GraphModule({}, made), inputs
 
 
-def copy_node(made: fx.Graph, node: fx.Node, get: Any, samples: int, device: torch.device) -> fx.Node:
+def copy_node(
+    made: fx.Graph, node: fx.Node, get: Callable[[fx.Node], fx.Node], samples: int, device: torch.device
+) -> fx.Node:
     """A copy of `node` in `made` with the number of samples and the device filled in."""
 
     def resolve(value: Any) -> Any:
@@ -63,12 +65,10 @@ def copy_node(made: fx.Graph, node: fx.Node, get: Any, samples: int, device: tor
             return int(value) * samples
         return device if isinstance(value, torch.device) else value
 
-    assert callable(node.target)
-    return made.call_function(
-        node.target,
-        map_aggregate(node.args, resolve),
-        map_aggregate(dict(node.kwargs), resolve),
-    )
+    target: Any = node.target
+    args: Any = map_aggregate(node.args, resolve)
+    kwargs: Any = map_aggregate(dict(node.kwargs), resolve)
+    return made.call_function(target, args, kwargs)
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

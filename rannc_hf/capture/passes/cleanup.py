@@ -1,6 +1,8 @@
-"""Drop what only export needs: metadata assertions, fresh copies of constants."""
+"""Drop what only export needs: metadata assertions, fresh copies of constants, results that nothing uses."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 import torch.fx as fx
@@ -21,4 +23,11 @@ def drop_lifts(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is _aten.lift_fresh_copy.default:
             node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def drop_dead(graph: fx.Graph, keep: Collection[str] = ()) -> None:
+    """Erase nodes without users, inputs too; `keep` holds names of nodes to leave."""
+    for node in reversed(list(graph.nodes)):
+        if node.op != "output" and not node.users and node.name not in keep:
             graph.erase_node(node)

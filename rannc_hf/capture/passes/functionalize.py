@@ -6,7 +6,8 @@ views), and views made before the write are made again from the new value where 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,72 +15,76 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import CaptureError, where
+from .schema import schema
+from .views import scatter
 
 _aten = torch.ops.aten
 
 
-def functionalize(graph: fx.Graph, fake_mode: FakeTensorMode, buffers: dict[str, str]) -> None:
+def functionalize(
+    graph: fx.Graph, fake_mode: FakeTensorMode, buffers: Mapping[str, str], parameters: Mapping[str, str]
+) -> None:
     """Rewrite `graph` in place; every node keeps a fake value in ``meta["val"]``.
 
+    `buffers` and `parameters` are the names of those by placeholder.
+
     Raises:
-        CaptureError: when the step writes to a buffer, or to a view that cannot be written back.
+        CaptureError: when the step writes to a buffer or a parameter, or to a view that cannot be written back.
     """
     if any(_written(n) for n in graph.nodes):
-        _Functionalizer(graph, fake_mode, buffers).run()
-
-
-def _schema(node: fx.Node) -> torch._C.FunctionSchema | None:
-    return getattr(node.target, "_schema", None) if node.op == "call_function" else None
+        _Functionalizer(graph, fake_mode, buffers, parameters).run()
 
 
 def _written(node: fx.Node) -> fx.Node | None:
     """The tensor an in-place operation writes to."""
-    schema = _schema(node)
-    if schema is None or not schema.is_mutable:
+    own = schema(node)
+    if own is None or not own.is_mutable:
         return None
-    written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-    if len(written) != 1 or written[0] >= len(node.args) or not isinstance(node.args[written[0]], fx.Node):
+    written = [i for i, a in enumerate(own.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    target = node.args[written[0]] if len(written) == 1 and written[0] < len(node.args) else None
+    changes_shape = torch.Tag.inplace_view in getattr(node.target, "tags", ()) and "detach_" not in str(node.target)
+    if not isinstance(target, fx.Node) or changes_shape:
         raise CaptureError(f"{node.target} in {where(node)} writes to its arguments in a way that cannot be captured")
-    target = node.args[written[0]]
-    assert isinstance(target, fx.Node)
     return target
 
 
-def _viewed(node: fx.Node) -> fx.Node | None:
-    """The tensor that a node's result may share memory with."""
-    schema = _schema(node)
-    if schema is None or schema.is_mutable or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    shares = any(r.alias_info is not None for r in schema.returns)
-    return node.args[0] if shares and isinstance(node.meta.get("val"), torch.Tensor) else None
-
-
 class _Functionalizer:
-    def __init__(self, graph: fx.Graph, fake_mode: FakeTensorMode, buffers: dict[str, str]) -> None:
-        self.graph, self.fake_mode, self.buffers = graph, fake_mode, buffers
+    def __init__(
+        self,
+        graph: fx.Graph,
+        fake_mode: FakeTensorMode,
+        buffers: Mapping[str, str],
+        parameters: Mapping[str, str],
+    ) -> None:
+        self.graph, self.fake_mode, self.buffers, self.parameters = graph, fake_mode, buffers, parameters
         self.base: dict[fx.Node, fx.Node] = {}
+        """View to the node whose memory it shares."""
         self.current: dict[fx.Node, fx.Node] = {}
+        """Base to the node that holds its present value."""
+        self.origin: dict[fx.Node, fx.Node] = {}
+        """Node that holds a value of a base, to that base."""
         self.version: dict[fx.Node, int] = {}
         self.made_at: dict[fx.Node, int] = {}
-        self.origin: dict[fx.Node, fx.Node] = {}
         self.forwards: dict[fx.Node, fx.Node] = {}
+        """View to the last node that made it again."""
+        self.at: fx.Node
 
     def run(self) -> None:
+        # Decided first: the rewritten graph's values no longer share memory.
+        views = {n for n in self.graph.nodes if _is_view(n)}
         for node in list(self.graph.nodes):
             if node.op in ("placeholder", "get_attr"):
                 continue
+            self.at = node
             with self.graph.inserting_before(node):
                 node.args = fx.map_arg(node.args, self.read)
                 node.kwargs = fx.map_arg(node.kwargs, self.read)
             if _written(node) is not None:
                 self.write(node)
-            elif (source := _viewed(node)) is not None:
-                self.note_view(node, source)
-
-    def note_view(self, node: fx.Node, source: fx.Node) -> None:
-        root = self.root(source)
-        self.base[node] = root
-        self.made_at[node] = self.version.get(root, 0)
+            elif node in views:
+                root = self.root(node.args[0])
+                self.base[node] = root
+                self.made_at[node] = self.version.get(root, 0)
 
     def root(self, node: fx.Node) -> fx.Node:
         """The node whose memory `node` shares, itself where it shares none."""
@@ -95,94 +100,123 @@ class _Functionalizer:
         if self.made_at[node] == self.version.get(root, 0):
             return node
         source = self.read(node.args[0])  # type: ignore[arg-type]
-        again = self.emit(node.target, (source, *node.args[1:]), dict(node.kwargs), node)
+        again = self.emit(node.target, (source, *node.args[1:]), dict(node.kwargs))
         self.base[again], self.made_at[again] = root, self.version[root]
         self.forwards[node] = again
         return again
 
-    def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        node.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        """A new node for the node at hand, with its fake value."""
+        node = self.graph.call_function(target, args, kwargs or {})
+        node.meta = {k: v for k, v in self.at.meta.items() if k in ("nn_module_stack", "stack_trace", "no_grad")}
         with self.fake_mode:
-            values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+            values = fx.map_arg((args, kwargs or {}), lambda n: n.meta["val"])
             node.meta["val"] = target(*values[0], **values[1])
         return node
+
+    # -- writes --------------------------------------------------------------------------------------------------
 
     def write(self, node: fx.Node) -> None:
         written = _written(node)
         assert written is not None
         root = self.root(written)
-        if root.op == "placeholder" and root.name in self.buffers:
+        self.check(node, root)
+        with self.graph.inserting_before(node):
+            value = self.written_value(node, written.meta["val"])
+            self.write_back(written, value, root)
+        node.replace_all_uses_with(written)
+        self.graph.erase_node(node)
+
+    def check(self, node: fx.Node, root: fx.Node) -> None:
+        """Refuse writes that outlive the step, and those that autograd does not see."""
+        if root.name in self.buffers:
             raise CaptureError(
                 f"the forward updates buffer '{self.buffers[root.name]}' in {where(node)}; statistics that are updated "
                 "by every batch (BatchNorm in training mode) are not supported: use GroupNorm or LayerNorm, or put "
                 "the module into eval mode"
             )
-        with self.graph.inserting_before(node):
-            value = self.result(node)
-            old = written.meta["val"]
-            if value.meta["val"].dtype != old.dtype:
-                value = self.emit(_aten.to.dtype, (value, old.dtype), {}, node)
-            if value.meta["val"].shape != old.shape:
-                value = self.emit(_aten.expand.default, (value, list(old.shape)), {}, node)
-            self.write_back(written, value, root)
-        node.replace_all_uses_with(written)
-        self.graph.erase_node(node)
+        if root.name in self.parameters:
+            raise CaptureError(f"the forward writes to parameter '{self.parameters[root.name]}' in {where(node)}")
+        outside = node.meta.get("no_grad") and not root.meta.get("no_grad")
+        if outside and self.depends_on_parameters(self.current.get(root, root)):
+            raise CaptureError(
+                f"{node.target} in {where(node)} writes to an activation under no_grad; write "
+                "`x = x + (f(x) - x).detach()` for an operation without a gradient"
+            )
 
-    def result(self, node: fx.Node) -> fx.Node:
-        """What an in-place operation would have written, before it takes the shape and dtype of its target."""
+    def written_value(self, node: fx.Node, old: torch.Tensor) -> fx.Node:
+        """What the memory written to holds afterwards; always a node of its own."""
         if node.target is _aten.copy_.default:
-            # The functional `copy` has no derivative, `clone` has.
-            return self.emit(_aten.clone.default, (node.args[1],), {}, node)
-        return self.emit(_functional(node), node.args, dict(node.kwargs), node)
+            # `aten.copy` has no derivative.
+            value = node.args[1]
+            assert isinstance(value, fx.Node)
+            value = self.emit(_aten.expand.default, (value, list(old.shape)))
+            value = self.emit(_aten._to_copy.default, (value,), {"dtype": old.dtype})
+            written = node.args[0]
+            assert isinstance(written, fx.Node)
+            if old.dim() and written not in self.base and self.depends_on_parameters(written):
+                # What is overwritten as a whole keeps a gradient, of zeros.
+                value = self.emit(_aten.slice_scatter.default, (written, value, 0, 0, old.shape[0]))
+            return value
+        value = self.emit(_functional(node), node.args, dict(node.kwargs))
+        assert value.meta["val"].shape == old.shape, node
+        if value.meta["val"].dtype != old.dtype:
+            value = self.emit(_aten.to.dtype, (value, old.dtype))
+        return value
 
     def write_back(self, target: fx.Node, value: fx.Node, root: fx.Node) -> None:
         while target in self.base:
-            source = target.args[0]
+            view, source = target, target.args[0]
             assert isinstance(source, fx.Node)
-            value = self.scatter(target, source, value)
+            if view.target is operator.getitem:
+                source = source.args[0]
+                assert isinstance(source, fx.Node)
+            if view.target is _aten.detach.default and self.depends_on_parameters(source):
+                raise CaptureError(f"the forward writes to a detached activation in {where(self.at)}")
+            value = scatter(view, source, value, self.emit)
             target = source
         self.current[root] = value
         self.origin[value] = root
         self.version[root] = self.version.get(root, 0) + 1
 
-    def scatter(self, view: fx.Node, source: fx.Node, value: fx.Node) -> fx.Node:
-        """`source` with the part that `view` shows replaced by `value`."""
-        inverse = _INVERSES.get(str(view.target))
-        shape, dtype = source.meta["val"].shape, source.meta["val"].dtype
-        if inverse is not None:
-            target, args = inverse(view, source, value)
-            return self.emit(target, args, {}, view)
-        if view.meta["val"].shape == shape and view.meta["val"].dtype == dtype:
-            return value
-        raise CaptureError(f"the forward writes to the result of {view.target} in {where(view)}, which is a view")
+    def depends_on_parameters(self, node: fx.Node) -> bool:
+        seen, stack = {node}, [node]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source.name in self.parameters:
+                    return True
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        return False
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node's result shares memory with its first argument; the tuple of several views counts as one."""
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    if not isinstance(source, fx.Node):
+        return False
+    own = schema(node)
+    may = node.target is operator.getitem or (own is not None and any(r.alias_info is not None for r in own.returns))
+    # `reshape`, `contiguous` and `to` are views only sometimes: their memory tells.
+    return may and not (own is not None and own.is_mutable) and bool(_memory(node) & _memory(source))
+
+
+def _memory(node: fx.Node) -> set[int]:
+    values = node.meta.get("val")
+    values = values if isinstance(values, (tuple, list)) else (values,)
+    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
 
 
 def _functional(node: fx.Node) -> Any:
+    """The functional form of an in-place operation: `add` for `add_`."""
     packet = getattr(node.target, "overloadpacket", None)
     name = packet.__name__ if packet is not None else ""
     plain = f"__{name[3:]}" if name.startswith("__i") else name.rstrip("_")
     overload = getattr(node.target, "_overloadname", "default") or "default"
-    functional = getattr(getattr(_aten, plain, None), overload, None)
-    if functional is None or functional._schema.is_mutable:
-        raise CaptureError(f"in-place operation {node.target} in {where(node)} has no functional form")
-    return functional
-
-
-_Inverse = Callable[[fx.Node, fx.Node, fx.Node], tuple[Any, tuple[Any, ...]]]
-
-
-def _reshape_back(view: fx.Node, source: fx.Node, value: fx.Node) -> tuple[Any, tuple[Any, ...]]:
-    return _aten.reshape.default, (value, list(source.meta["val"].shape))
-
-
-_INVERSES: dict[str, _Inverse] = {
-    "aten.slice.Tensor": lambda v, s, x: (_aten.slice_scatter.default, (s, x, *v.args[1:])),
-    "aten.select.int": lambda v, s, x: (_aten.select_scatter.default, (s, x, *v.args[1:])),
-    "aten.transpose.int": lambda v, s, x: (_aten.transpose.int, (x, *v.args[1:])),
-    "aten.unsqueeze.default": lambda v, s, x: (_aten.squeeze.dim, (x, *v.args[1:])),
-    "aten.squeeze.dim": lambda v, s, x: (_aten.unsqueeze.default, (x, *v.args[1:])),
-    "aten.view.default": _reshape_back,
-    "aten.reshape.default": _reshape_back,
-    "aten.flatten.using_ints": _reshape_back,
-}
+    for candidate in (plain, f"{plain}_functional"):
+        functional = getattr(getattr(_aten, candidate, None), overload, None)
+        own = getattr(functional, "_schema", None)
+        if own is not None and not own.is_mutable and own.arguments[0].name in ("self", "input"):
+            return functional
+    raise CaptureError(f"in-place operation {node.target} in {where(node)} has no functional form")

@@ -44,7 +44,8 @@ def unmask(graph: Graph) -> Unmasked | None:
     for mask in masks:
         inputs = _placeholders(mask, graph)
         used = {p for p in inputs if p in graph.batch_inputs}
-        if used <= placeholders and not any(p in graph.buffer_inputs for p in inputs):
+        known = all(p in used or p in graph.constants for p in inputs)
+        if used <= placeholders and known:
             causal = _causal(graph, mask, used)
             if causal is not None:
                 kinds[mask.name] = causal

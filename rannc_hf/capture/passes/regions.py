@@ -1,4 +1,4 @@
-"""Inline `no_grad` and `autocast(enabled=False)` regions, which export keeps as nested graphs."""
+"""Inline `no_grad` regions, which export keeps as nested graphs."""
 
 from __future__ import annotations
 
@@ -8,43 +8,25 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ..errors import CaptureError, where
-
-_NO_GRAD = "wrap_with_set_grad_enabled"
-_AUTOCAST = "wrap_with_autocast"
-
 
 def inline_regions(module: fx.GraphModule) -> None:
     """Replace each region of `module` by its nodes; values leaving a `no_grad` region are detached.
 
-    Raises:
-        CaptureError: for a region that turns autocast on, whose casts would be lost.
+    Nodes from a `no_grad` region have ``meta["no_grad"]``.
     """
     graph = module.graph
-    while regions := [n for n in graph.nodes if n.op == "call_function" and _kind(n)]:
-        for node in regions:
-            _inline(module, node)
+    for node in [n for n in graph.nodes if n.op == "call_function" and _is_region(n)]:
+        _inline(module, node)
     for node in [n for n in graph.nodes if n.op == "get_attr" and not n.users]:
         graph.erase_node(node)
 
 
-def _kind(node: fx.Node) -> str | None:
-    name = getattr(node.target, "__name__", str(node.target))
-    return next((k for k in (_NO_GRAD, _AUTOCAST) if k in name), None)
+def _is_region(node: fx.Node) -> bool:
+    return "wrap_with_set_grad_enabled" in getattr(node.target, "__name__", str(node.target))
 
 
 def _inline(module: fx.GraphModule, node: fx.Node) -> None:
-    no_grad = _kind(node) == _NO_GRAD
-    if no_grad:
-        enabled, body, *inputs = node.args
-        detach = not enabled
-    else:
-        _, _, enabled, _, body, *inputs = node.args
-        detach = False
-        if enabled:
-            raise CaptureError(
-                f"{where(node)} turns autocast on inside of forward; choose the precision with mixed_precision instead"
-            )
+    enabled, body, *inputs = node.args
     assert isinstance(body, fx.Node)
     inner = module.get_submodule(str(body.target))
     assert isinstance(inner, fx.GraphModule)
@@ -61,8 +43,9 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
             if n.op == "get_attr":
                 copy.target = f"{body.target}.{n.target}"
             copy.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
+            copy.meta["no_grad"] = not enabled
             environment[n] = copy
-        if detach:
+        if not enabled:
             results = fx.map_arg(results, lambda x: _detached(module.graph, x))
     for user in list(node.users):
         assert user.target is operator.getitem

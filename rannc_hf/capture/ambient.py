@@ -1,0 +1,61 @@
+"""Export the same operations whatever surrounds the call: autocast, no_grad, inference mode, a default device."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.amp.autocast_mode import autocast
+
+from .errors import CaptureError
+
+
+@contextlib.contextmanager
+def plain_context() -> Iterator[None]:
+    """A context in which nothing but the model decides what `torch.export` records."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device() != torch.device("cpu"):
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(warnings.catch_warnings())
+        # Export's advice about tensors that modules keep as plain attributes: the model is restored afterwards.
+        warnings.filterwarnings("ignore", "The tensor attribute")
+        yield
+
+
+@contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    """Let ``autocast(enabled=False)`` do nothing in this thread: there is no autocast to turn off.
+
+    Export would make a region of it, and lose `no_grad` regions inside of that one (seen with torch 2.13).
+
+    Raises:
+        CaptureError: where the forward turns autocast on.
+    """
+    enter, leave, thread = autocast.__enter__, autocast.__exit__, threading.get_ident()
+
+    def enter_nothing(self: Any) -> Any:
+        if threading.get_ident() != thread:
+            return enter(self)
+        if self._enabled:
+            raise CaptureError(
+                "the forward turns autocast on; choose the precision of the whole step with mixed_precision instead"
+            )
+        return self
+
+    def leave_nothing(self: Any, *error: Any) -> Any:
+        return leave(self, *error) if threading.get_ident() != thread else False
+
+    autocast.__enter__, autocast.__exit__ = enter_nothing, leave_nothing  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]

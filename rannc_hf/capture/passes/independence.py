@@ -1,0 +1,155 @@
+"""Refuse operations that let the samples of a batch influence each other: a split batch would give another result.
+
+Two things are checked for every operation: that it does not work along the dimension of the samples (this file), and
+that it leaves the samples in an order in which a slice of the batch gives a slice of the result (`order`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ..errors import CaptureError, where
+from .order import check_order
+from .per_sample import spec
+from .schema import argument, has_argument, name_of
+
+
+def check_independent(graph: fx.Graph, preamble: set[fx.Node]) -> None:
+    """Refuse what mixes samples. Sums and means over samples are left to `globalize`.
+
+    Raises:
+        CaptureError: naming the operation and its module.
+    """
+    for node in graph.nodes:
+        if node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"{node.target} in {where(node)} is an operation with a body, which is not supported")
+        if node.op == "call_function":
+            _check_statistics(node)
+            _check_dimensions(node)
+    check_order(graph, preamble)
+
+
+def _check_statistics(node: fx.Node) -> None:
+    name = name_of(node)
+    statistics = "batch_norm" in name and argument(node, "training")
+    updates = name == "aten.instance_norm" and argument(node, "use_input_stats") and argument(node, "running_mean")
+    if statistics or updates:
+        raise CaptureError(
+            f"batch normalisation in training mode ({where(node)}) takes its statistics over the samples of a batch; "
+            "use GroupNorm or LayerNorm, or put the module into eval mode"
+        )
+
+
+def _check_dimensions(node: fx.Node) -> None:
+    mixes = _rule(name_of(node))
+    if mixes is None:
+        return
+    # Attention mixes all of its inputs; the others of an operation are weights, or aligned with its first.
+    sources = node.all_input_nodes if "attention" in name_of(node) else node.args[:1]
+    for source in sources:
+        own = spec(source) if isinstance(source, fx.Node) else None
+        if own is None or own.batch_dim is None:
+            continue
+        rank = len(own.shape)
+        if own.batch_dim in {d % rank for d in mixes(node, rank)}:
+            raise CaptureError(
+                f"{node.target} in {where(node)} works across the samples of a batch, which rannc splits: let it work "
+                "along another dimension"
+            )
+
+
+# -- which dimensions an operation mixes -----------------------------------------------------------------------------
+
+_Mixes = Callable[[fx.Node, int], Iterable[int]]
+"""Dimensions along which an operation mixes entries, given the number of dimensions of its input."""
+
+
+def _rule(name: str) -> _Mixes | None:
+    short = name.removeprefix("aten.").strip("_")
+    if short in _RULES:
+        return _RULES[short]
+    return next((rule for pattern, rule in _PATTERNS if re.fullmatch(pattern, short)), None)
+
+
+def _named(node: fx.Node, rank: int) -> Iterable[int]:
+    """The dimensions that the operation is told; all of them where none is named."""
+    for name in ("dim", "dims", "dimension"):
+        if has_argument(node, name):
+            value: Any = argument(node, name)
+            return range(rank) if value is None or value == [] else [value] if isinstance(value, int) else value
+    return range(rank)
+
+
+def _other(node: fx.Node, rank: int) -> Iterable[int]:
+    """All but the dimension that the operation is told."""
+    kept = argument(node, "dim") % rank
+    return [d for d in range(rank) if d != kept]
+
+
+def _last(count: int) -> _Mixes:
+    return lambda node, rank: range(max(rank - count, 0), rank)
+
+
+def _normalized(node: fx.Node, rank: int) -> Iterable[int]:
+    return range(rank - len(argument(node, "normalized_shape")), rank)
+
+
+def _padded(node: fx.Node, rank: int) -> Iterable[int]:
+    pad = argument(node, "pad") or argument(node, "padding")
+    return [rank - 1 - i // 2 for i, n in enumerate(pad) if n != 0]
+
+
+def _spatial(node: fx.Node, rank: int) -> Iterable[int]:
+    found = re.search(r"(\d)d", name_of(node))
+    assert found is not None
+    return range(rank - int(found[1]), rank)
+
+
+def _convolved(node: fx.Node, rank: int) -> Iterable[int]:
+    return range(1, rank)
+
+
+def _recurrent(node: fx.Node, rank: int) -> Iterable[int]:
+    return (1, 2) if argument(node, "batch_first") else (0, 2)
+
+
+_RULES: dict[str, _Mixes] = {
+    **dict.fromkeys(
+        ("softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort", "topk",
+         "flip", "roll", "unfold", "diff", "glu", "fliplr", "flipud"), _named,
+    ),
+    "msort": lambda node, rank: (0,),
+    "renorm": _other,
+    "layer_norm": _normalized,
+    "native_layer_norm": _normalized,
+    "rms_norm": _normalized,
+    "tril": _last(2),
+    "triu": _last(2),
+    "inverse": _last(2),
+    "matrix_exp": _last(2),
+    "cholesky": _last(2),
+    "scaled_dot_product_attention": _last(2),
+    "pixel_shuffle": _last(3),
+    "pixel_unshuffle": _last(3),
+    "pad": _padded,
+    "constant_pad_nd": _padded,
+    "convolution": _convolved,
+    "group_norm": _convolved,
+    "grid_sampler": _convolved,
+    "im2col": _convolved,
+    "col2im": _convolved,
+}  # fmt: skip
+_PATTERNS: list[tuple[str, _Mixes]] = [
+    (r"fft_\w+", _named),
+    (r"linalg_(?!vector_norm|cross|norm)\w+", _last(2)),
+    (r"conv(_transpose)?\dd", _convolved),
+    (r"(reflection|replication)_pad\dd", _padded),
+    (r"\w*_pool\dd\w*", _spatial),
+    (r"upsample_\w+\dd\w*", _spatial),
+    (r"(lstm|gru|rnn_tanh|rnn_relu)", _recurrent),
+]

@@ -1,0 +1,74 @@
+"""Lend a model fake parameters for a while, and leave it exactly as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import is_lazy
+
+from .errors import CaptureError
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Undo, at the end, whatever happens to the model's modules: their attributes, and the lists and tables in them."""
+    saved = [(m, dict(m.__dict__), _containers(m)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, containers in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for container, entries in containers:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(entries)
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Lists and tables of a module (parameters, buffers, hooks, caches) with copies of them."""
+    return [(v, copy.copy(v)) for v in module.__dict__.values() if isinstance(v, (dict, list, set))]
+
+
+@contextlib.contextmanager
+def fake_state(model: nn.Module, fake_mode: FakeTensorMode, dtype: torch.dtype | None) -> Iterator[None]:
+    """Put fake tensors in the place of all parameters and buffers, on the CPU, tied ones shared; undo it at the end.
+
+    Floating parameters become `dtype`, unless it is None.
+    """
+    fakes: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+        if id(tensor) not in fakes:
+            if is_lazy(tensor):
+                raise CaptureError(
+                    f"'{name}' of a {type(module).__name__} has no shape yet: run the model on one batch before"
+                )
+            with fake_mode:
+                fakes[id(tensor)] = _fake(tensor, dtype)
+        return fakes[id(tensor)]
+
+    with preserved(model):
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        table[name] = fake(tensor, module, name)  # type: ignore[assignment]
+            if isinstance(module, nn.RNNBase):
+                # Recurrent layers keep their weights in a list beside the parameters.
+                names = module._flat_weights_names
+                module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in names]
+        yield
+
+
+def _fake(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if not isinstance(tensor, nn.Parameter):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    data: Any = torch.empty(tensor.shape, dtype=kind, device="cpu")
+    return nn.Parameter(data, requires_grad=tensor.requires_grad)

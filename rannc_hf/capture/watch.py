@@ -1,0 +1,124 @@
+"""Watch a forward while it is exported: which module is running, and where autograd takes the loss's gradient."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from .errors import CaptureError, source_line
+
+_HINTS = """What to try:
+ - pass the fields that decide the branch or the shape as fixed values, or pad batches so that they are always equal;
+ - turn the feature off in the model's config (layerdrop=0, output_router_logits=False, ...);
+ - move data-dependent work (`.item()`, `.tolist()`, `if mask.any()`) out of forward, into the data collator."""
+
+
+_EXACT = ("transformers.models.bloom.modeling_bloom.GeLUFunction",)
+"""Autograd functions whose backward is the derivative of their forward, so that nothing is lost with it."""
+
+
+class Watch:
+    """A context around the export of `model`. Afterwards `gradients` names the parameters the loss depends on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        # Export puts a proxy in the place of a module that is used twice; it shares the module's attributes.
+        self._names = {id(vars(m)): n for n, m in model.named_modules()}
+        self._stack: list[nn.Module] = []
+        self._failed: nn.Module | None = None
+        self.gradients: frozenset[str] = frozenset()
+
+    def __enter__(self) -> Watch:
+        self._handles = [
+            register_module_forward_pre_hook(lambda m, a: self._stack.append(m)),
+            register_module_forward_hook(lambda m, a, o: self._leave(m, o)),
+        ]
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        known = [m for m in self._stack if id(vars(m)) in self._names]
+        self._failed = known[-1] if known else None
+
+    def _leave(self, module: nn.Module, output: Any) -> None:
+        while self._stack and self._stack.pop() is not module:
+            pass
+        if vars(module) is vars(self._model) and module.training:
+            self._follow(output)
+
+    def _follow(self, output: Any) -> None:
+        """Read off autograd's own graph what the exported one will be compared with."""
+        loss = find_loss(output)
+        if not isinstance(loss, torch.Tensor) or loss.grad_fn is None:
+            return
+        names: dict[int, str] = {}
+        for name, parameter in self._model.named_parameters():
+            names[id(parameter)] = name
+        found = set()
+        for step in _history(loss.grad_fn):
+            if isinstance(step, BackwardCFunction) and _name(step) not in _EXACT:
+                raise CaptureError(_refuse_function(_name(step)))
+            variable = getattr(step, "variable", None)
+            if id(variable) in names:
+                found.add(names[id(variable)])
+        self.gradients = frozenset(found)
+
+    def explain(self, error: BaseException) -> str:
+        """What to tell the user about an error that the export ran into."""
+        place = "the model's own forward"
+        if self._failed is not None and vars(self._failed) is not vars(self._model):
+            place = f"module '{self._names[id(vars(self._failed))]}' ({type(self._failed).__name__})"
+        frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
+        line = source_line(frames)
+        start = f"the step of {type(self._model).__name__} could not be captured: it failed in {place}\n"
+        start += f"  at {line}\n" if line else ""
+        if isinstance(error, CaptureError):
+            return f"{start}  {error}"
+        reason = str(error).strip().splitlines()
+        return f"{start}  {type(error).__name__}: {reason[0] if reason else ''}\n{_HINTS}"
+
+
+def find_loss(outputs: Any) -> Any:
+    """The loss among a model's outputs: `loss`, the first of a tuple, or the only output. None if there is none."""
+    if isinstance(outputs, Mapping):
+        return outputs.get("loss")
+    if isinstance(outputs, (tuple, list)):
+        return getattr(outputs, "loss", outputs[0] if outputs else None)
+    return getattr(outputs, "loss", outputs)
+
+
+def _history(start: Any) -> Iterator[Any]:
+    seen = {start}
+    stack = [start]
+    while stack:
+        step = stack.pop()
+        yield step
+        for source, _ in step.next_functions:
+            if source is not None and source not in seen:
+                seen.add(source)
+                stack.append(source)
+
+
+def _name(step: Any) -> str:
+    """The autograd function of a step of the backward, with its module."""
+    function = getattr(step, "_forward_cls", type(step))
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _refuse_function(name: str) -> str:
+    if name == "torch.utils.checkpoint.CheckpointFunction":
+        return (
+            "the forward uses torch.utils.checkpoint with use_reentrant=True, which cannot be captured: leave it out "
+            "(the plan decides what is recomputed) or pass use_reentrant=False"
+        )
+    return (
+        f"the forward uses the autograd function {name}, whose own backward would be lost in capture and its gradients "
+        "wrong: use an implementation of the layer made of ordinary operations"
+    )
