@@ -69,8 +69,8 @@ def output_channels(program: Program, world_size: int) -> dict[Channel, tuple[in
 def deliver(executor: Executor, step: Step, owners: Sequence[int]) -> dict[str, torch.Tensor]:
     """Send every microbatch's outputs to its owner (`owners[i]` for microbatch i); this rank's own, by path.
 
-    Samples are in order; the loss is summed over its parts. All ranks go through the messages in one order, as
-    channels require.
+    Samples are in order; losses and other sums over samples are summed over their parts. All ranks go through the
+    messages in one order, as channels require.
     """
     transport, plan, graph = executor.transport, executor.plan, executor.program.graph
     parts: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -82,8 +82,8 @@ def deliver(executor: Executor, step: Step, owners: Sequence[int]) -> dict[str, 
             what = f"output {path} of microbatch {microbatch.index} for rank {owner}"
             spans = slices(microbatch.samples, plan.stages[stage].replicas)
             held = [(plan.stages[stage].ranks[i], b - a) for i, (a, b) in enumerate(spans) if b > a]
-            # A loss comes in parts from every replica; what all samples share comes from the first.
-            everyone = spec.batch_dim is not None or value == graph.loss
+            # A sum over samples comes in parts from every replica; what all samples share comes from the first.
+            everyone = spec.batch_dim is not None or value in graph.sums
             for source, samples in held if everyone else held[:1]:
                 mine = step.outputs[microbatch.index][value] if source == transport.rank else None
                 if owner != transport.rank:
@@ -105,4 +105,4 @@ def _join(graph: Graph, path: str, parts: Sequence[torch.Tensor]) -> torch.Tenso
     batch_dim = graph.values[value].batch_dim
     if batch_dim is not None:
         return torch.cat(list(parts), batch_dim)
-    return torch.stack(list(parts)).sum(0) if value == graph.loss else parts[0]
+    return torch.stack(list(parts)).sum(0) if value in graph.sums else parts[0]

@@ -87,6 +87,9 @@ def _place_by_parameters(graph: Graph, holders: Mapping[str, tuple[int, ...]], s
         if node.name not in body:
             continue
         earliest = max((stage_of[n] for n in node.all_input_nodes if n in stage_of), default=0)
+        if node.name in graph.sums:
+            # Replicas each hold a part of a sum over samples, so sums stay together, on the last stage.
+            earliest = stages - 1
         used = [graph.parameter_inputs[n.name] for n in node.all_input_nodes if n.name in graph.parameter_inputs]
         candidates = [s for s in range(earliest, stages) if all(s in holders[p] for p in used)]
         if not candidates:
@@ -113,6 +116,7 @@ def _connect(graph: Graph, blocks: Sequence[tuple[Block, ...]]) -> Program:
         for block in group:
             for value in block.inputs:
                 if producer[value] != stage:
+                    assert value not in graph.sums, f"{value} is one replica's part of a sum: it cannot be sent on"
                     crossing[producer[value], stage][value] = None
     edges = tuple(
         Edge(p, c, tuple(values), tuple(v for v in values if graph.training and graph.values[v].needs_grad))

@@ -124,13 +124,13 @@ class Runtime:
     ) -> dict[str, torch.Tensor]:
         """Values of the graph's global counts for samples `start` to `stop`."""
         samples = stop - start
-        result = {}
+        result: dict[str, torch.Tensor] = {}
         part = {n: v[start:stop] if n in batched else v for n, v in inputs.items()}
-        nodes = tuple(dict.fromkeys(c.node for c in self.graph.counts if c.node is not None))
-        sums = self.functions.preamble(nodes, samples, part)
         for count in self.graph.counts:
             dtype = self.graph.values[count.placeholder].dtype
             if count.node is not None:
+                # One count may need those before it: weights normalised over the batch, and their sum.
+                sums = self.functions.preamble((count.node,), samples, {**part, **result})
                 result[count.placeholder] = sums[count.node].to(dtype)
             else:
                 result[count.placeholder] = torch.tensor(count.per_sample * samples, dtype=dtype, device=self.device)

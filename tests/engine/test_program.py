@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 from rannc_hf.capture import Graph, capture
 from rannc_hf.engine.program import parameter_stages, place
@@ -68,3 +70,33 @@ def test_an_evaluation_graph_follows_the_parameters(t5: Graph):
             assert all(stage.index in holders[p] for p in block.parameters)
     assert all(e.producer < e.consumer and not e.gradients for e in program.edges)
     assert set(program.user_outputs) == {"loss", "logits", "encoder_last_hidden_state"}
+
+
+class TwoLosses(nn.Module):
+    """A loss of the first layer's result, made after the second layer has run, and one of the second's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.layers[0](x)
+        second = self.layers[1](first)
+        return first.square().mean() + second.square().mean()
+
+
+def test_sums_over_samples_stay_on_one_stage():
+    batch = {"x": torch.zeros(4, 3)}
+    graph = capture(TwoLosses(), batch)
+    plan = even_plan(graph, (1, 2), 1, 4)
+    evaluation = capture(TwoLosses(), batch, training=False)
+    whole = replace(
+        evaluation.blocks[0],
+        nodes=tuple(n for b in evaluation.blocks for n in b.nodes),
+        parameters=tuple(p for b in evaluation.blocks for p in b.parameters),
+    )
+    program = place(replace(evaluation, blocks=(whole,)), plan, graph)
+    assert evaluation.sums
+    for stage in program.stages[:-1]:
+        assert not evaluation.sums & {n for b in stage.blocks for n in b.nodes}
+    assert not evaluation.sums & {v for e in program.edges for v in e.values}

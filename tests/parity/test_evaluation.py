@@ -96,3 +96,34 @@ def test_evaluation_ignores_dropout():
     plain = copy.deepcopy(model).eval()
     for rank, outputs in enumerate(results):
         assert difference(outputs.prediction_logits, plain(**parts[rank]).prediction_logits, 1e-9) < 1e-9
+
+
+class WithPenalty(torch.nn.Module):
+    """Returns, beside its loss, another mean over samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(3)))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        scores = self.layers(x)
+        return {"loss": torch.nn.functional.cross_entropy(scores, labels), "size": scores.square().mean()}
+
+
+@pytest.mark.parametrize("replicas", [(1, 2), (3,)], ids=str)
+def test_every_mean_over_samples_is_added_up(replicas: tuple[int, ...]):
+    torch.manual_seed(0)
+    model = WithPenalty().double()
+    batch = {"x": torch.randn(13, 3).double(), "labels": torch.arange(13) % 3}
+    parts = shards(batch, 3)
+
+    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> Any:
+        loss_of(wrapped(**parts[rank])).backward()
+        wrapped.eval()
+        return wrapped(**parts[rank])
+
+    for rank, outputs in enumerate(on_ranks(model, 3, planner(replicas, 4), run)):
+        expected = model(**parts[rank])
+        assert set(outputs) == {"loss", "size"}
+        for name, value in expected.items():
+            assert abs(outputs[name] - value).item() <= 1e-12, name
