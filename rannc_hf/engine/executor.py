@@ -77,6 +77,11 @@ class Executor:
         self.transport, self.device = transport, device
         self.stage, self.replica = locate(plan, transport.rank)
         self.edges = {(e.producer, e.consumer): e for e in program.edges}
+        # Sends go to the nearest stage first: after the farthest one, nobody needs the values any more.
+        self._last_consumer = max((e.consumer for e in program.edges if e.producer == self.stage), default=-1)
+        self._last_producer = min(
+            (e.producer for e in program.edges if e.consumer == self.stage and e.gradients), default=-1
+        )
         self.loss = program.graph.loss if program.loss_stage == self.stage else None
 
     def run(self, actions: Sequence[Action], step: Step) -> None:
@@ -93,7 +98,7 @@ class Executor:
         try:
             for action in actions:
                 if action.kind is ActionKind.REDUCE_GRAD:
-                    self.store.finish_reduce(str(action))
+                    self.store.finish_reduce()
                     continue
                 if action.kind is ActionKind.BACKWARD:
                     remaining -= 1
@@ -161,15 +166,14 @@ class Executor:
         edge = self.edges[self.stage, action.peer]
         values = step.outputs[action.microbatch]
         self._send(step, action, edge, {name: values[name] for name in edge.values}, FORWARD)
-        # Sends go to the nearest stage first: after the farthest one, nobody needs the values any more.
-        if step.train and action.peer == max(c for p, c in self.edges if p == self.stage):
+        if step.train and action.peer == self._last_consumer:
             del step.outputs[action.microbatch]
 
     def _send_gradients(self, action: Action, step: Step) -> None:
         edge = self.edges[action.peer, self.stage]
         gradients = step.input_gradients[action.microbatch]
         self._send(step, action, edge, {name: gradients[name] for name in edge.gradients}, BACKWARD)
-        if action.peer == min(p for (p, c), e in self.edges.items() if c == self.stage and e.gradients):
+        if action.peer == self._last_producer:
             del step.input_gradients[action.microbatch]
 
     def _post(self, step: Step, action: Action, edge: Edge, names: Sequence[str], direction: str) -> None:

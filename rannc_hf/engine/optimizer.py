@@ -19,7 +19,6 @@ class OptimizerMap:
         self._names = {id(p): name for name, p in parameters.items()}
         self._optimizers: list[torch.optim.Optimizer] = []
         self._owned: Collection[str] | None = None
-        self._layout: dict[int, list[list[str | None]]] = {}
 
     def knows_any(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether any of `parameters` is one of the model's."""
@@ -39,14 +38,7 @@ class OptimizerMap:
         for optimizer in self._optimizers:
             self._edit(optimizer, owned)
 
-    def layout(self, optimizer: torch.optim.Optimizer) -> list[list[str | None]]:
-        """Parameter names of each group as the user made it; None for parameters of other models."""
-        return self._layout[id(optimizer)]
-
     def _edit(self, optimizer: torch.optim.Optimizer, owned: Collection[str]) -> None:
-        self._layout[id(optimizer)] = [
-            [self._names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups
-        ]
         for group in optimizer.param_groups:
             kept = []
             for parameter in group["params"]:

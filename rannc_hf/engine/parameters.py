@@ -132,22 +132,17 @@ class ParameterStore:
         compute_dtype: torch.dtype | None,
     ) -> None:
         self.transport, self.device = transport, device
-        self.plan = plan
-        self.holders = parameter_stages(graph, plan)
         self.live = graph.gradient_parameters()
         self.originals = dict(model.named_parameters())
-        self.owner_ranks = {
-            name: tuple(sorted(r for s in stages for r in plan.stages[s].ranks))
-            for name, stages in self.holders.items()
-        }
-        self.groups = _groups(graph, self.holders, self.live)
+        self.owner_ranks: dict[str, tuple[int, ...]] = {}
         self.buckets: list[Bucket] = []
         self._pending: list[tuple[Bucket, Pending]] = []
         self._missing: dict[str, int] = {}
         self._last = False
-        for name, members, stages in self.groups:
+        for name, members, stages in _groups(graph, parameter_stages(graph, plan), self.live):
             ranks = tuple(sorted(r for s in stages for r in plan.stages[s].ranks))
-            self._add_bucket(name, members, ranks, device, compute_dtype, graph, len(stages) == 1)
+            self.owner_ranks.update(dict.fromkeys(members, ranks))
+            self._add_bucket(name, members, ranks, device, compute_dtype, early=len(stages) == 1)
         self.compute = {key: leaf for bucket in self.buckets for key, leaf in bucket.compute.items()}
         self._watch()
 
@@ -158,7 +153,6 @@ class ParameterStore:
         ranks: tuple[int, ...],
         device: torch.device,
         compute_dtype: torch.dtype | None,
-        graph: Graph,
         early: bool,
     ) -> None:
         """Agree on the first rank's values, keep them where this rank holds them, free them where it does not."""
@@ -179,8 +173,7 @@ class ParameterStore:
     @property
     def reduce_groups(self) -> list[tuple[int, ...]]:
         """Rank sets that reduce gradients, equal on every rank."""
-        ranks = {tuple(sorted(r for s in stages for r in self.plan.stages[s].ranks)) for _, _, stages in self.groups}
-        return sorted(r for r in ranks if len(r) > 1)
+        return sorted({ranks for ranks in self.owner_ranks.values() if len(ranks) > 1})
 
     @property
     def owned(self) -> dict[str, nn.Parameter]:
@@ -211,7 +204,7 @@ class ParameterStore:
         self._last = True
         self._missing = {bucket.name: len(bucket.parameters) for bucket in self.buckets}
 
-    def finish_reduce(self, what: str) -> None:
+    def finish_reduce(self) -> None:
         """Reduce what has not been reduced yet, and wait for all reductions."""
         started = {bucket.name for bucket, _ in self._pending}
         for bucket in self.buckets:
@@ -259,8 +252,8 @@ class ParameterStore:
             local = norms.max() if infinite else norms.pow(norm_type).sum()
         else:
             local = torch.zeros((), dtype=torch.float64, device=self.device)
-        everyone = tuple(range(self.transport.world_size))
-        self.transport.all_reduce(local, everyone, "norm of the gradients", "max" if infinite else "sum").wait()
+        operation = "max" if infinite else "sum"
+        self.transport.all_reduce(local, self.transport.everyone, "norm of the gradients", operation).wait()
         total = local if infinite else local.pow(1.0 / norm_type)
         return total.to(torch.float64 if self._wide() else torch.float32)
 

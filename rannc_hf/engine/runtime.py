@@ -76,8 +76,7 @@ class Runtime:
         loss = torch.zeros((), dtype=self.graph.values[self.graph.loss].dtype, device=self.device)
         for index in sorted(step.losses):
             loss += step.losses[index]
-        everyone = tuple(range(self.transport.world_size))
-        self.transport.all_reduce(loss, everyone, "the loss").wait()
+        self.transport.all_reduce(loss, self.transport.everyone, "the loss").wait()
         return loss
 
     def evaluate(self, batch: GlobalBatch, number: int) -> dict[str, torch.Tensor]:

@@ -1,8 +1,5 @@
 """What RanncAccelerator refuses, when, and what it tells the user to do instead."""
 
-import os
-from unittest import mock
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,17 +17,7 @@ from rannc_hf import RanncAccelerator, RanncConfig, RanncModel
 from rannc_hf.integrations import accelerate as door
 from rannc_hf.integrations.refusals import unsupported_processes
 
-
-@pytest.fixture(autouse=True)
-def environment():
-    with mock.patch.dict(os.environ):
-        for name in list(os.environ):
-            if name.startswith(("ACCELERATE_", "RANNC_")) or name == "WORLD_SIZE":
-                del os.environ[name]
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-        AcceleratorState._reset_state(reset_partial_state=True)
-        yield os.environ
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 @pytest.mark.parametrize(

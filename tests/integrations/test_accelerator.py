@@ -1,8 +1,6 @@
 """RanncAccelerator in one process: what scripts do with it, against accelerate's own."""
 
 import itertools
-import os
-from unittest import mock
 
 import pytest
 import torch
@@ -15,17 +13,7 @@ from torch import nn
 from rannc_hf import RanncAccelerator, RanncModel
 from rannc_hf.engine.optimizer import OptimizerMap
 
-
-@pytest.fixture(autouse=True)
-def environment():
-    with mock.patch.dict(os.environ):
-        for name in list(os.environ):
-            if name.startswith(("ACCELERATE_", "RANNC_")) or name == "WORLD_SIZE":
-                del os.environ[name]
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-        AcceleratorState._reset_state(reset_partial_state=True)
-        yield os.environ
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 class Regression(nn.Module):

@@ -14,19 +14,10 @@ from accelerate.commands.launch import launch_command_parser
 
 from rannc_hf.config import RanncConfig
 from rannc_hf.integrations import launch as door
+from tests.accelerate_config import TWO_CPU_PROCESSES
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = str(ROOT / "rannc_hf" / "run.py")
-STOCK = {
-    "compute_environment": "LOCAL_MACHINE",
-    "distributed_type": "MULTI_GPU",
-    "use_cpu": True,
-    "num_machines": 1,
-    "machine_rank": 0,
-    "num_processes": 2,
-    "mixed_precision": "no",
-    "main_process_port": 0,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +33,7 @@ def environment(monkeypatch, tmp_path):
 def config_file(tmp_path):
     def write(**settings):
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump({**STOCK, **settings}))
+        path.write_text(yaml.safe_dump({**TWO_CPU_PROCESSES, **settings}))
         return str(path)
 
     return write
@@ -85,7 +76,7 @@ def test_empty_section_means_automatic(config_file, section):
 
 def test_section_in_a_json_config(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**STOCK, "rannc_config": {"stages": 3}}))
+    path.write_text(json.dumps({**TWO_CPU_PROCESSES, "rannc_config": {"stages": 3}}))
     _, _, environ = launch("--config_file", str(path), "train.py")
     assert options_in(environ).stages == 3
 

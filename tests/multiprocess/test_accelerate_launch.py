@@ -11,21 +11,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.accelerate_config import TWO_CPU_PROCESSES
+
 pytestmark = pytest.mark.multiprocess
 
 SCRIPTS = Path(__file__).parent / "scripts"
 ACCELERATE_LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch"]
 RANNC_LAUNCH = ["-m", "rannc_hf.cli", "launch"]
-DDP = {
-    "compute_environment": "LOCAL_MACHINE",
-    "distributed_type": "MULTI_GPU",
-    "use_cpu": True,
-    "num_machines": 1,
-    "machine_rank": 0,
-    "num_processes": 2,
-    "mixed_precision": "no",
-    "main_process_port": 0,
-}
 
 
 def start(*command, timeout=240, **environ):
@@ -51,10 +43,10 @@ def train_both(tmp_path, script, arguments):
     ddp.mkdir()
     ours.mkdir()
     # Without this, accelerate alone would let both processes train on their own.
-    expected = train(ddp, script, DDP, *arguments(ddp), ACCELERATE_USE_CPU="true")
+    expected = train(ddp, script, TWO_CPU_PROCESSES, *arguments(ddp), ACCELERATE_USE_CPU="true")
     plan = ours / "plan.json"
     section = {"stages": 2, "microbatches": 2, "plan_output": str(plan)}
-    actual = train(ours, script, {**DDP, "rannc_config": section}, *arguments(ours))
+    actual = train(ours, script, {**TWO_CPU_PROCESSES, "rannc_config": section}, *arguments(ours))
     assert (expected.pop("model"), actual.pop("model")) == ("DistributedDataParallel", "RanncModel")
     assert len(json.loads(plan.read_text())["stages"]) == 2
     assert actual.keys() == expected.keys()

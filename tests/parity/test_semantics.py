@@ -106,30 +106,24 @@ def test_frozen_and_unused_parameters_are_placed_and_left_alone():
     model.register_parameter("spare", nn.Parameter(torch.ones(3, dtype=torch.float64)))
     parts = shards(case.batch_as(8), 4)
 
-    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> Result:
+    def three_steps(trained: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> list[float]:
+        """Losses; the last step's gradients are left in place."""
         losses = []
-        for step in range(3):
-            loss = wrapped(**parts[rank]).loss
+        for _ in range(3):
+            if losses:
+                optimizer.step()
+                optimizer.zero_grad()
+            loss = trained(**batch).loss
             loss.backward()
             losses.append(loss.item())
-            if step == 2:
-                break
-            optimizer.step()
-            optimizer.zero_grad()
-        return result_of(wrapped, losses)
+        return losses
+
+    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> Result:
+        return result_of(wrapped, three_steps(wrapped, optimizer, parts[rank]))
 
     result = merge(on_ranks(model, 4, planner((1, 2, 1), 2), run))
     expected = copy.deepcopy(model)
-    optimizer = optimizer_of(expected)
-    losses = []
-    for step in range(3):
-        loss = expected(**case.batch_as(8)).loss
-        loss.backward()
-        losses.append(loss.item())
-        if step == 2:
-            break
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = three_steps(expected, optimizer_of(expected), case.batch_as(8))
     gradients = {n: p.grad for n, p in expected.named_parameters()}
     assert gradients["spare"] is None and gradients["bert.embeddings.word_embeddings.weight"] is None
     compare(result, Result(losses, gradients, {n: p.detach() for n, p in expected.named_parameters()}, []), EXACT)

@@ -71,6 +71,11 @@ class Transport(ABC):
     rank: int
     world_size: int
 
+    @property
+    def everyone(self) -> tuple[int, ...]:
+        """All ranks, a group that is always open."""
+        return tuple(range(self.world_size))
+
     @abstractmethod
     def open(self, channels: Mapping[Channel, tuple[int, ...]], groups: Sequence[tuple[int, ...]]) -> None:
         """Make channels and reduction groups ready for use. Collective: every rank passes equal arguments.

@@ -55,7 +55,6 @@ class DistributedTransport(Transport):
         self.world_size = dist.get_world_size()
         self._timeout_s = timeout_s
         self._device = device
-        self._everyone = tuple(range(self.world_size))
         self._channels: dict[Channel, tuple[dist.ProcessGroup, tuple[int, ...]]] = {}
         self._sends: list[Operation] = []
         self._overdue = OverdueLog(self.rank, timeout_s) if device.type == "cuda" else None
@@ -65,7 +64,7 @@ class DistributedTransport(Transport):
         )
         world = dist.group.WORLD if device.type == "cuda" else self._control
         assert world is not None
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {self._everyone: world}
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {self.everyone: world}
 
     def open(self, channels: Mapping[Channel, tuple[int, ...]], groups: Sequence[tuple[int, ...]]) -> None:
         wanted_channels, wanted_groups = self.agree(channels, groups)
@@ -107,7 +106,7 @@ class DistributedTransport(Transport):
         if len(ranks) == 1 or tensor.numel() == 0:
             return Done()
         assert ranks in self._groups, f"the group {ranks} was not opened: {what}"
-        group = self._world_for(tensor) if ranks == self._everyone else self._groups[ranks]
+        group = self._world_for(tensor) if ranks == self.everyone else self._groups[ranks]
         data = tensor.detach().view(-1)
         return _Wait(
             self,
@@ -120,7 +119,7 @@ class DistributedTransport(Transport):
         )
 
     def all_gather(self, tensor: torch.Tensor, what: str) -> list[torch.Tensor]:
-        everything = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for _ in self._everyone]
+        everything = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for _ in self.everyone]
         if tensor.numel():
             data = _as_bytes(tensor.detach().contiguous())
             parts = [_as_bytes(part) for part in everything]
@@ -186,7 +185,7 @@ class DistributedTransport(Transport):
         return group
 
     def _world_for(self, tensor: torch.Tensor) -> dist.ProcessGroup:
-        return self._groups[self._everyone] if tensor.is_cuda else self._control
+        return self._groups[self.everyone] if tensor.is_cuda else self._control
 
     def _new_group(self, ranks: tuple[int, ...], what: str) -> dist.ProcessGroup:
         """A process group with all its connections made. Every rank of the world calls this in the same order."""

@@ -77,9 +77,8 @@ class LocalTransport(Transport):
         self.rank = rank
         self.world_size = world.size
         self._world = world
-        self._everyone = tuple(range(world.size))
         self._channels: dict[Channel, tuple[int, ...]] = {}
-        self._groups: set[tuple[int, ...]] = {self._everyone}
+        self._groups: set[tuple[int, ...]] = {self.everyone}
         self._sent: list[mail.Message] = []
 
     def open(self, channels: Mapping[Channel, tuple[int, ...]], groups: Sequence[tuple[int, ...]]) -> None:
@@ -154,7 +153,7 @@ class LocalTransport(Transport):
         return call, _Wait(self, lambda: call.complete, call.__str__)
 
     def _collect(self, name: str, value: Any, what: str, finish: mail.Finish) -> Any:
-        call, pending = self._join(name, self._everyone, value, what, finish)
+        call, pending = self._join(name, self.everyone, value, what, finish)
         pending.wait()
         return call.result
 
