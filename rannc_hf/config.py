@@ -24,6 +24,7 @@ SECTION = "rannc_config"
 _ACCELERATE_KEYS = frozenset({"compute_environment", "distributed_type", "num_processes"})
 _SCHEDULES = ("auto", "gpipe", "1f1b")
 _RECOMPUTE = ("auto", "none", "blocks")
+_SHARD = ("auto", "none", "optimizer", "gradients", "parameters")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -52,6 +53,13 @@ class RanncConfig:
     """"blocks" keeps only the inputs of each block and computes it again in the backward; "none" keeps everything.
 
     "auto": the planner chooses per stage.
+    """
+
+    shard: Literal["auto", "none", "optimizer", "gradients", "parameters"] = "auto"
+    """What the replicas of a stage divide among them; each of these includes those before it.
+
+    "none": nothing, as under DDP; "optimizer": optimizer state and masters (ZeRO-1); "gradients" (ZeRO-2);
+    "parameters" (ZeRO-3, fully sharded). "auto": the planner chooses per stage.
     """
 
     memory_limit_gib: Literal["auto"] | float = "auto"
@@ -88,6 +96,7 @@ class RanncConfig:
         _check_int("seed", self.seed, minimum=0)
         _check_choice("schedule", self.schedule, _SCHEDULES)
         _check_choice("recompute", self.recompute, _RECOMPUTE)
+        _check_choice("shard", self.shard, _SHARD)
         object.__setattr__(self, "timeout_s", _positive("timeout_s", self.timeout_s))
         if self.memory_limit_gib != "auto":
             object.__setattr__(
@@ -104,7 +113,7 @@ class RanncConfig:
                 f"but stages={self.stages}"
             )
         if self.plan is not None:
-            fixed = ("stages", "replicas", "microbatches", "schedule", "recompute", "memory_limit_gib")
+            fixed = ("stages", "replicas", "microbatches", "schedule", "recompute", "shard", "memory_limit_gib")
             clash = [name for name in fixed if getattr(self, name) != "auto"]
             if clash:
                 raise ValueError(

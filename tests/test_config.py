@@ -17,6 +17,7 @@ FULL = {
     "microbatches": 8,
     "schedule": "gpipe",
     "recompute": "blocks",
+    "shard": "optimizer",
     "memory_limit_gib": 12.5,
     "plan_output": "plan.json",
     "timeout_s": 30.0,

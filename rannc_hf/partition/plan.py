@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from rannc_hf.capture.graph import Graph
 from rannc_hf.partition.fields import PlanFieldError, read_dataclass
+from rannc_hf.partition.shards import SHARDS
 
 SCHEDULES = ("gpipe", "1f1b")
 RECOMPUTE = ("none", "blocks")
@@ -31,6 +32,8 @@ class StagePlan:
     ranks: tuple[int, ...]
     recompute: str = "none"
     """"none", or "blocks": keep only the inputs of each block and compute it again in the backward."""
+    shard: str = "none"
+    """What the replicas divide among them: "none", "optimizer", "gradients" or "parameters" (see `SHARDS`)."""
     predicted_forward_us: float = 0.0
     """Forward of one microbatch on the replica with the most samples, in microseconds."""
     predicted_backward_us: float = 0.0
@@ -145,6 +148,8 @@ class Plan:
                 raise PlanFieldError(
                     f"stages[{index}].recompute", f"is {stage.recompute!r}, not one of {', '.join(RECOMPUTE)}"
                 )
+            if stage.shard not in SHARDS:
+                raise PlanFieldError(f"stages[{index}].shard", f"is {stage.shard!r}, not one of {', '.join(SHARDS)}")
         self._check_blocks(blocks)
         self._check_ranks(world_size)
         self._check_microbatches()

@@ -66,7 +66,7 @@ def _stage_plans(model: StageModel, outcome: Outcome) -> tuple[StagePlan, ...]:
         held = in_flight(c.schedule, len(c.stages), index, c.microbatches)
         forward, backward = model.times(stage, recompute)
         memory = model.memory(stage, held, recompute)
-        plans.append(StagePlan(stage.first, stage.last, ranks, recompute, forward, backward, memory))
+        plans.append(StagePlan(stage.first, stage.last, ranks, recompute, "none", forward, backward, memory))
     return tuple(plans)
 
 

@@ -16,8 +16,8 @@ from rannc_hf.partition.plan import Plan, RunnerUp, StagePlan
 GRAPH = make_graph([8] * 6)
 PLAN = Plan(
     stages=(
-        StagePlan(0, 1, (0,), "none", 10.0, 20.5, 1000),
-        StagePlan(2, 4, (1, 2, 3), "blocks", 11.0, 31.0, 2000),
+        StagePlan(0, 1, (0,), "none", "none", 10.0, 20.5, 1000),
+        StagePlan(2, 4, (1, 2, 3), "blocks", "none", 11.0, 31.0, 2000),
         StagePlan(5, 5, (4,), "none"),
     ),
     batch_size=32,
@@ -53,7 +53,7 @@ def test_round_trip(tmp_path):
     st.text(max_size=20),
 )
 def test_round_trip_of_any_plan(replicas, batch, time, schedule, why):
-    stages = tuple(StagePlan(i, i, tuple(range(r)), "none", time, time / 3, batch) for i, r in enumerate(replicas))
+    stages = tuple(StagePlan(i, i, tuple(range(r)), "none", "none", time, time / 3, batch) for i, r in enumerate(replicas))
     plan = Plan(stages, batch, 1, schedule, "hash", time, why)
     assert Plan.from_json(plan.to_json()) == plan
 

@@ -22,8 +22,8 @@ def printed(*stages, **fields):
 
 def test_stages_are_shown_over_modules():
     out = printed(
-        StagePlan(0, 2, (0,), "none", 1500, 3000, 3 * 2**30),
-        StagePlan(3, 3, (1, 2, 3), "blocks", 1600, 4800, 2**20),
+        StagePlan(0, 2, (0,), "none", "none", 1500, 3000, 3 * 2**30),
+        StagePlan(3, 3, (1, 2, 3), "blocks", "none", 1600, 4800, 2**20),
         step_time_us=20_000.0,
         why="[because] it is so",
     )

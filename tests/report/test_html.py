@@ -286,7 +286,7 @@ def test_a_file_that_is_no_trace(tmp_path, text, message):
 
 
 def test_of_many_ranks_the_first_and_the_slowest_are_drawn(tmp_path):
-    plan = Plan((StagePlan(0, 5, tuple(range(100)), "none", 5.0, 5.0),), 200, 1, "1f1b", GRAPH.structural_hash)
+    plan = Plan((StagePlan(0, 5, tuple(range(100)), "none", "none", 5.0, 5.0),), 200, 1, "1f1b", GRAPH.structural_hash)
     trace = [SPAN | {"rank": r, "microbatch": 0, "end_us": 3 + (r == 40)} for r in range(100)]
     found = page(tmp_path, plan, None, None, trace=parse_trace(trace, plan))
     assert [kind for kind, _ in found.rows] == ["predicted", "measured", "measured"]
