@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from rannc_hf.capture.graph import Block, Graph, ValueSpec
 from rannc_hf.capture.instantiate import block_function
-from rannc_hf.cost.analytic import accumulation_us, main_dtype
+from rannc_hf.cost.analytic import main_dtype
 from rannc_hf.cost.devices import Device
-from rannc_hf.cost.memory import block_memory
+from rannc_hf.cost.memory import BlockMemory, block_memory, nodes_by_name
+from rannc_hf.cost.ops import op_name
 from rannc_hf.cost.table import BlockCost, CostTable
 
-_REPEATS = 5
-"""Runs after the first one; the fastest counts, because others may have been disturbed."""
+_ROUNDS = 3
+"""Timed rounds after one that loads kernels; the fastest counts, because others may have been disturbed."""
+_ROUND_US = 3e4
+"""A round repeats a block for about this long: a single run from an idle device would count the host's lead twice."""
+_REPEATS = 20
+"""At most this many in a round, if their activations fit at once."""
 _ENOUGH_US = 2e5
 """Larger numbers of samples are left to extrapolation once a forward and backward takes this long, twice."""
 
@@ -24,8 +30,9 @@ _ENOUGH_US = 2e5
 def measured_costs(graph: Graph, device: Device, where: torch.device, max_samples: int) -> CostTable:
     """Costs of the unique blocks of `graph` on `where`, at powers of two up to `max_samples` samples.
 
-    `device` describes `where` for the planner. Forward and backward are measured, adding up gradients and memory are
-    what the graph says. A block that does not fit with so many samples, or takes long, is measured with fewer.
+    `device` describes `where` for the planner. Times are those of the engine's own calls: seeded random numbers, and
+    gradients added to sums in the masters' precision. Memory is what the allocator counted on CUDA, and follows from
+    the graph on a CPU. A block that does not fit with so many samples, or takes long, is measured with fewer.
 
     Raises ValueError where a block does not fit with a single sample.
     """
@@ -45,66 +52,151 @@ def _measure(
     samples, slow = 1, 0
     while samples <= max_samples and slow < 2:
         try:
-            forward, backward = _times_us(graph, block, samples, where)
+            point = _point(graph, block, samples, device, where)
         except torch.OutOfMemoryError:
             if not points:
                 raise ValueError(
                     f"block {block.index} ({block.name}) does not fit on {where} with one sample"
                 ) from None
             break
-        memory = block_memory(graph, block, samples, cpu=device.is_cpu)
-        added = accumulation_us(graph, block, device)
-        points.append(BlockCost(samples, forward, backward + added, *memory))
-        slow += forward + backward > _ENOUGH_US
+        finally:
+            if where.type == "cuda":
+                torch.cuda.empty_cache()
+        points.append(point)
+        slow += point.forward_us + point.backward_us > _ENOUGH_US
         samples *= 2
     return tuple(points)
 
 
-def _times_us(graph: Graph, block: Block, samples: int, where: torch.device) -> tuple[float, float]:
-    """The fastest forward and the fastest backward, in microseconds."""
-    function = block_function(graph, block, samples, where)
-    arguments = _arguments(graph, block, samples, where)
-    clock = _cuda_clock if where.type == "cuda" else _host_clock
-    leaves = [t for t in arguments if t.requires_grad]
-    forwards, backwards = [], []
-    for _ in range(_REPEATS + 1):
-        outputs, forward_us = clock(partial(function, *arguments))
-        heads = [t for t in outputs if t.requires_grad]
-        gradients = [torch.ones_like(t) for t in heads]
-        differentiate = partial(torch.autograd.grad, heads, leaves, gradients, allow_unused=True)
-        forwards.append(forward_us)
-        backwards.append(clock(differentiate)[1] if heads else 0.0)
-    # The first run also loads kernels.
-    return min(forwards[1:]), min(backwards[1:])
+def _point(graph: Graph, block: Block, samples: int, device: Device, where: torch.device) -> BlockCost:
+    trial = _Trial(graph, block, samples, where)
+    # The first run loads kernels and fills the allocator's cache.
+    trial.backward(trial.forward())
+    memory = _memory(trial) if where.type == "cuda" else block_memory(graph, block, samples, cpu=device.is_cpu)
+    forward, backward = _times_us(trial, 1)
+    repeats = _repeats(forward + backward, memory.saved, where)
+    rounds = [_times_us(trial, repeats) for _ in range(_ROUNDS)]
+    return BlockCost(samples, min(f for f, _ in rounds), min(b for _, b in rounds), *memory)
 
 
-def _arguments(graph: Graph, block: Block, samples: int, where: torch.device) -> list[torch.Tensor]:
-    placeholders = {name: placeholder for placeholder, name in graph.parameter_inputs.items()}
-    names = [*(placeholders[p] for p in block.parameters), *block.inputs, *block.preamble]
-    return [_made_up(graph.values[name], samples, where) for name in names]
+def _repeats(time_us: float, saved: int, where: torch.device) -> int:
+    wanted = min(_REPEATS, max(2, round(_ROUND_US / max(time_us, 1.0))))
+    if where.type != "cuda":
+        return wanted
+    free, _ = torch.cuda.mem_get_info(where)
+    free += torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+    return max(1, min(wanted, int(0.8 * free) // max(saved, 1)))
 
 
-def _made_up(spec: ValueSpec, samples: int, where: torch.device) -> torch.Tensor:
-    """Small random numbers, so that nothing overflows; true masks; zeros as indices, which are always in range."""
-    shape = spec.at(samples)
-    if spec.dtype.is_floating_point:
-        made = torch.randn(shape, device=where, dtype=torch.float32).mul_(0.02).to(spec.dtype)
-        return made.requires_grad_(spec.needs_grad)
-    if spec.dtype == torch.bool:
-        return torch.ones(shape, device=where, dtype=torch.bool)
-    return torch.zeros(shape, device=where, dtype=spec.dtype)
+@dataclass
+class _Trial:
+    """A block with inputs for a number of samples, run as the engine does."""
+
+    graph: Graph
+    block: Block
+    samples: int
+    where: torch.device
+
+    def __post_init__(self) -> None:
+        self.function = block_function(self.graph, self.block, self.samples, self.where)
+        placeholders = {name: placeholder for placeholder, name in self.graph.parameter_inputs.items()}
+        names = [*self.block.inputs, *self.block.preamble]
+        self.parameters = {p: self._made_up(self.graph.values[placeholders[p]]) for p in self.block.parameters}
+        rows = _table_rows(self.graph, self.block)
+        self.inputs = [self._made_up(self.graph.values[name], rows.get(name, 1)) for name in names]
+        for name, leaf in self.parameters.items():
+            if leaf.requires_grad:
+                self._add_up(leaf, self.graph.parameters[name].dtype)
+
+    def _made_up(self, spec: ValueSpec, rows: int = 1) -> torch.Tensor:
+        """Small random numbers, so that nothing overflows; true masks; indices into tables of `rows` rows."""
+        shape = spec.at(self.samples)
+        if spec.dtype.is_floating_point:
+            made = torch.randn(shape, device=self.where, dtype=torch.float32).mul_(0.02).to(spec.dtype)
+            return made.requires_grad_(spec.needs_grad)
+        if spec.dtype == torch.bool:
+            return torch.ones(shape, device=self.where, dtype=torch.bool)
+        return torch.randint(0, rows, shape, device=self.where, dtype=spec.dtype)
+
+    def _add_up(self, leaf: torch.Tensor, dtype: torch.dtype) -> None:
+        """Sum gradients as the engine does: in place where the precisions are equal, else by a hook."""
+        total = torch.zeros(leaf.shape, dtype=dtype, device=self.where)
+        if dtype == leaf.dtype:
+            leaf.grad = total
+            return
+
+        def add(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            total.add_(parameter.grad)
+            parameter.grad = None
+
+        leaf.register_post_accumulate_grad_hook(add)
+
+    @cached_property
+    def gradients(self) -> dict[int, torch.Tensor]:
+        """Gradients of the outputs that have one, by position."""
+        specs = [self.graph.values[name] for name in self.block.outputs]
+        return {
+            i: torch.ones(s.at(self.samples), dtype=s.dtype, device=self.where)
+            for i, s in enumerate(specs)
+            if s.needs_grad
+        }
+
+    def forward(self) -> Sequence[torch.Tensor]:
+        if self.block.random:
+            torch.manual_seed(0)
+        return self.function(*self.parameters.values(), *self.inputs)
+
+    def backward(self, outputs: Sequence[torch.Tensor]) -> None:
+        heads = [i for i in self.gradients if outputs[i].requires_grad]
+        if heads:
+            torch.autograd.backward([outputs[i] for i in heads], [self.gradients[i] for i in heads])
+        for leaf in self.inputs:
+            leaf.grad = None
+
+    def synchronize(self) -> None:
+        if self.where.type == "cuda":
+            torch.cuda.synchronize(self.where)
 
 
-def _host_clock(run: Callable[[], Sequence[torch.Tensor]]) -> tuple[Sequence[torch.Tensor], float]:
+def _times_us(trial: _Trial, repeats: int) -> tuple[float, float]:
+    """Microseconds of a forward and of a backward when many follow each other."""
+    trial.synchronize()
     started = time.perf_counter()
-    result = run()
-    return result, (time.perf_counter() - started) * 1e6
+    outputs = [trial.forward() for _ in range(repeats)]
+    trial.synchronize()
+    middle = time.perf_counter()
+    while outputs:
+        trial.backward(outputs.pop())
+    trial.synchronize()
+    ended = time.perf_counter()
+    return (middle - started) / repeats * 1e6, (ended - middle) / repeats * 1e6
 
 
-def _cuda_clock(run: Callable[[], Sequence[torch.Tensor]]) -> tuple[Sequence[torch.Tensor], float]:
-    # From an idle device, so that the time the host needs to issue the operations counts where it is longer.
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    result = run()
-    torch.cuda.synchronize()
-    return result, (time.perf_counter() - started) * 1e6
+def _memory(trial: _Trial) -> BlockMemory:
+    """What the allocator counts for one forward and backward."""
+    where = trial.where
+    # Gradients of outputs exist only while a backward runs, and count as its workspace.
+    trial.__dict__.pop("gradients", None)
+    before = torch.cuda.memory_allocated(where)
+    torch.cuda.reset_peak_memory_stats(where)
+    outputs = trial.forward()
+    after, forward_peak = torch.cuda.memory_allocated(where), torch.cuda.max_memory_allocated(where)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in outputs}
+    saved = after - before
+    torch.cuda.reset_peak_memory_stats(where)
+    trial.backward(outputs)
+    peak = max(forward_peak, torch.cuda.max_memory_allocated(where))
+    return BlockMemory(saved, min(saved, sum(storages.values())), peak - after)
+
+
+def _table_rows(graph: Graph, block: Block) -> dict[str, int]:
+    """Value to the rows of the table it indexes. Equal indices would make the backward of an embedding wait in line."""
+    nodes = nodes_by_name(graph)
+    rows: dict[str, int] = {}
+    for name in block.nodes:
+        if op_name(nodes[name]) == "embedding":
+            table, index = nodes[name].all_input_nodes[:2]
+            size = graph.values[table.name].shape[0]
+            rows[index.name] = min(size, rows.get(index.name, size))
+    return rows

@@ -10,6 +10,7 @@ from rannc_hf.cost import measure
 from rannc_hf.cost.analytic import analytic_costs
 from rannc_hf.cost.devices import DEVICES
 from rannc_hf.cost.measure import measured_costs
+from rannc_hf.cost.table import BlockCost
 from rannc_hf.partition.cluster import Cluster
 from rannc_hf.partition.search import find_plan
 
@@ -51,11 +52,11 @@ def test_slow_blocks_are_measured_with_few_samples(monkeypatch):
 
 
 def test_what_does_not_fit(monkeypatch):
-    def full(graph, block, samples, where):
+    def full(graph, block, samples, device, where):
         if samples > 2 or block.index == 3:
             raise torch.OutOfMemoryError
-        return 1.0, 2.0
+        return BlockCost(samples, 1.0, 2.0, 8, 8, 8)
 
-    monkeypatch.setattr(measure, "_times_us", full)
+    monkeypatch.setattr(measure, "_point", full)
     with pytest.raises(ValueError, match=r"block 3 \(layer.3\) does not fit on cpu with one sample"):
         measured_costs(GRAPH, DEVICES["CPU"], CPU, 8)

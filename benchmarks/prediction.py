@@ -1,0 +1,224 @@
+"""Predicted against measured: step time and peak memory of BERT pretraining on one device.
+
+    python benchmarks/prediction.py --layers 24 --hidden 1024 --cases 8 16 32 32:blocks 16:none:gpipe --output NAME
+
+A case is SAMPLES[:RECOMPUTE[:SCHEDULE]] of a microbatch; each trains `--accumulate` microbatches a step in one stage,
+bf16 with fp32 masters and fused AdamW. Costs of blocks are measured on the device first, as for a plan in training.
+Memory is the peak of what the allocator handed out. Writes NAME.json (all figures, versions, command) and NAME.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import BertConfig, BertForPreTraining
+
+from rannc_hf.capture import Graph, capture
+from rannc_hf.capture.passes.masks import unmask
+from rannc_hf.config import RanncConfig
+from rannc_hf.cost.analytic import analytic_costs
+from rannc_hf.cost.measure import measured_costs
+from rannc_hf.cost.table import CostTable
+from rannc_hf.engine import RanncModel
+from rannc_hf.engine.transport import LocalWorld, Transport
+from rannc_hf.partition.cluster import Cluster
+from rannc_hf.partition.plan import Plan
+from rannc_hf.partition.search import find_plan
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case; times are medians over steps, memory is in bytes."""
+
+    case: str
+    step_s: float
+    measured_costs_s: float
+    """Step time predicted from measured costs."""
+    analytic_costs_s: float
+    peak_bytes: int
+    measured_costs_bytes: int
+    analytic_costs_bytes: int
+    reserved_bytes: int
+    """What the allocator took from the device for it, gaps included."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--accumulate", type=int, default=4)
+    parser.add_argument("--cases", nargs="+", required=True)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--output", type=Path, required=True)
+    return parser.parse_args()
+
+
+def make_batch(options: argparse.Namespace, samples: int, vocabulary: int) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, vocabulary, (samples, options.length), generator=generator)
+    labelled = torch.rand(ids.shape, generator=generator) < 0.15
+    batch = {
+        "input_ids": ids,
+        "labels": torch.where(labelled, ids, -100),
+        "next_sentence_label": torch.randint(0, 2, (samples,), generator=generator),
+    }
+    return {name: value.to(options.device) for name, value in batch.items()}
+
+
+def plan_for(case: str, graph: Graph, costs: CostTable, cluster: Cluster, microbatches: int) -> Plan:
+    samples, *rest = case.split(":")
+    recompute, schedule = [*rest, *("none", "1f1b")[len(rest) :]]
+    config = RanncConfig(
+        stages=1,
+        microbatches=microbatches,
+        recompute=recompute,  # type: ignore[arg-type]
+        schedule=schedule,  # type: ignore[arg-type]
+        memory_limit_gib=1e6,
+    )
+    return find_plan(graph, costs, cluster, int(samples) * microbatches, config)
+
+
+def run(model: nn.Module, plan: Plan, options: argparse.Namespace) -> tuple[float, int, int]:
+    """Median step time, peak allocated and peak reserved bytes."""
+    device = torch.device(options.device)
+    batch = make_batch(options, plan.batch_size, model.config.vocab_size)
+
+    def train(transport: Transport) -> float:
+        wrapped = RanncModel(
+            model,
+            RanncConfig(),
+            device=device,
+            compute_dtype=torch.bfloat16,
+            transport=transport,
+            planner=lambda graph, size: plan,
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        wrapped.register_optimizer(optimizer)
+        times = []
+        for _ in range(options.warmup + options.steps):
+            synchronize(device)
+            started = time.perf_counter()
+            loss = wrapped(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            synchronize(device)
+            times.append(time.perf_counter() - started)
+        return sorted(times[options.warmup :])[options.steps // 2]
+
+    clean(device)
+    median = LocalWorld(1).run(train)[0]
+    if device.type == "cpu":
+        return median, 0, 0
+    return median, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def clean(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def main() -> None:
+    options = arguments()
+    device = torch.device(options.device)
+    config = BertConfig(
+        hidden_size=options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(1, options.hidden // 64),
+        intermediate_size=4 * options.hidden,
+        max_position_embeddings=max(512, options.length),
+    )
+    started = time.perf_counter()
+    with torch.device("meta"):
+        blank = BertForPreTraining(config).train()
+    whole = capture(blank, make_batch(options, 2, config.vocab_size), dtype=torch.bfloat16)
+    variant = unmask(whole)
+    graph = variant.graph if variant is not None else whole
+    captured = time.perf_counter()
+    cluster = Cluster.here(1, 1, device.type)
+    largest = max(int(case.split(":")[0]) for case in options.cases)
+    tables = measured_costs(graph, cluster.device, device, largest), analytic_costs(graph, cluster.device, largest)
+    measured = time.perf_counter()
+    print(tables[0], tables[1], sep="\n", flush=True)
+    print(f"captured in {captured - started:.1f} s, measured in {measured - captured:.1f} s", flush=True)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = BertForPreTraining(config).train()
+    rows = []
+    for case in options.cases:
+        ours, theirs = (plan_for(case, graph, table, cluster, options.accumulate) for table in tables)
+        step, peak, reserved = run(model, ours, options)
+        memory = [p.stages[0].predicted_memory_bytes for p in (ours, theirs)]
+        rows.append(
+            Row(case, step, ours.step_time_us / 1e6, theirs.step_time_us / 1e6, peak, memory[0], memory[1], reserved)
+        )
+        print(rows[-1], flush=True)
+        write(options, rows, captured - started, measured - captured)
+
+
+def write(options: argparse.Namespace, rows: list[Row], capture_s: float, measure_s: float) -> None:
+    about = {
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "capture_s": capture_s,
+        "measure_s": measure_s,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    data = json.dumps({**about, "rows": [asdict(r) for r in rows]}, indent=1)
+    options.output.with_suffix(".json").write_text(data + "\n")
+    lines = [
+        f"`{about['command']}` on {about['device']}, torch {about['torch']}, transformers {about['transformers']}; "
+        f"capture {capture_s:.0f} s, costs measured in {measure_s:.0f} s.",
+        "",
+        "Times in ms, memory in GiB; in brackets predicted ÷ measured.",
+        "",
+        "| microbatch | step | from measured costs | from analytic costs | peak | from measured costs "
+        "| from analytic costs | reserved |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_line(r) for r in rows),
+    ]
+    options.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def _line(r: Row) -> str:
+    gib = 2**30
+    peak = max(r.peak_bytes, 1)
+    return (
+        f"| {r.case} | {r.step_s * 1e3:.1f} "
+        f"| {r.measured_costs_s * 1e3:.1f} ({r.measured_costs_s / r.step_s:.2f}) "
+        f"| {r.analytic_costs_s * 1e3:.1f} ({r.analytic_costs_s / r.step_s:.2f}) "
+        f"| {r.peak_bytes / gib:.2f} "
+        f"| {r.measured_costs_bytes / gib:.2f} ({r.measured_costs_bytes / peak:.3f}) "
+        f"| {r.analytic_costs_bytes / gib:.2f} ({r.analytic_costs_bytes / peak:.3f}) "
+        f"| {r.reserved_bytes / gib:.2f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
