@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
 from transformers import BertConfig, BertForPreTraining
 
 from rannc_hf.capture import Graph, capture
@@ -93,10 +92,14 @@ def plan_for(case: str, graph: Graph, costs: CostTable, cluster: Cluster, microb
     return find_plan(graph, costs, cluster, int(samples) * microbatches, config)
 
 
-def run(model: nn.Module, plan: Plan, options: argparse.Namespace) -> tuple[float, int, int]:
+def run(config: BertConfig, plan: Plan, options: argparse.Namespace) -> tuple[float, int, int]:
     """Median step time, peak allocated and peak reserved bytes."""
     device = torch.device(options.device)
-    batch = make_batch(options, plan.batch_size, model.config.vocab_size)
+    clean(device)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = BertForPreTraining(config).train()
+    batch = make_batch(options, plan.batch_size, config.vocab_size)
 
     def train(transport: Transport) -> float:
         wrapped = RanncModel(
@@ -121,7 +124,6 @@ def run(model: nn.Module, plan: Plan, options: argparse.Namespace) -> tuple[floa
             times.append(time.perf_counter() - started)
         return sorted(times[options.warmup :])[options.steps // 2]
 
-    clean(device)
     median = LocalWorld(1).run(train)[0]
     if device.type == "cpu":
         return median, 0, 0
@@ -163,13 +165,10 @@ def main() -> None:
     measured = time.perf_counter()
     print(tables[0], tables[1], sep="\n", flush=True)
     print(f"captured in {captured - started:.1f} s, measured in {measured - captured:.1f} s", flush=True)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = BertForPreTraining(config).train()
     rows = []
     for case in options.cases:
         ours, theirs = (plan_for(case, graph, table, cluster, options.accumulate) for table in tables)
-        step, peak, reserved = run(model, ours, options)
+        step, peak, reserved = run(config, ours, options)
         memory = [p.stages[0].predicted_memory_bytes for p in (ours, theirs)]
         rows.append(
             Row(case, step, ours.step_time_us / 1e6, theirs.step_time_us / 1e6, peak, memory[0], memory[1], reserved)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from rannc_hf.capture.graph import Block, Graph
 from rannc_hf.capture.instantiate import block_function, preamble_function
 from rannc_hf.engine.program import StageProgram
+from rannc_hf.engine.recompute import recomputed
 
 Tensors = Mapping[str, torch.Tensor]
 BlockFunction = Callable[..., tuple[torch.Tensor, ...]]
@@ -99,7 +99,7 @@ class StageReplica:
             function = _seeded(function, hash((self.seed, *stream, block.index)) % (1 << 62))
         if keep and self.recompute:
             # The block seeds its own random numbers, so the second forward draws the same ones.
-            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return recomputed(function, arguments, [self.graph.values[v].needs_grad for v in block.outputs])
         return function(*arguments)
 
     def backward(self, microbatch: int, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
