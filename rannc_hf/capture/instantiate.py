@@ -13,10 +13,12 @@ from .graph import Block, Graph
 from .passes.per_sample import PerSample
 
 
-def block_function(graph: Graph, block: Block, samples: int, device: torch.device) -> fx.GraphModule:
+def block_function(
+    graph: Graph, block: Block, samples: int, device: torch.device, compiled: bool = False
+) -> Callable[..., tuple[torch.Tensor, ...]]:
     """The pure function of `block`: ``f(*parameters, *inputs, *preamble) -> tuple of outputs``.
 
-    It is the same for every block with the same key.
+    It is the same for every block with the same key. `compiled`: by `torch.compile`, at its first call.
     """
     by_name = {n.name: n for n in graph.fx_graph.nodes}
     canonical = graph.parameter_inputs
@@ -32,7 +34,8 @@ def block_function(graph: Graph, block: Block, samples: int, device: torch.devic
     for name in block.nodes:
         values[name] = copy_node(made, by_name[name], get, samples, device)
     made.output(tuple(values[name] for name in block.outputs))
-    return fx.GraphModule({}, made)
+    module = fx.GraphModule({}, made)
+    return torch.compile(module, dynamic=False, fullgraph=True) if compiled else module
 
 
 def preamble_function(

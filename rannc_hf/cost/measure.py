@@ -27,12 +27,14 @@ _ENOUGH_US = 2e5
 """Larger numbers of samples are left to extrapolation once a forward and backward takes this long, twice."""
 
 
-def measured_costs(graph: Graph, device: Device, where: torch.device, max_samples: int) -> CostTable:
+def measured_costs(
+    graph: Graph, device: Device, where: torch.device, max_samples: int, compiled: bool = False
+) -> CostTable:
     """Costs of the unique blocks of `graph` on `where`, at powers of two up to `max_samples` samples.
 
     `device` describes `where` for the planner. Times are those of the engine's own calls: seeded random numbers, and
     gradients added to sums in the masters' precision. Memory is what the allocator counted on CUDA, and follows from
-    the graph on a CPU. A block that does not fit with so many samples, or takes long, is measured with fewer.
+    the graph on a CPU. `compiled` measures blocks as `torch.compile` makes them. A block that does not fit with so many samples, or takes long, is measured with fewer.
 
     Raises ValueError where a block does not fit with a single sample.
     """
@@ -40,19 +42,19 @@ def measured_costs(graph: Graph, device: Device, where: torch.device, max_sample
     names: dict[str, str] = {}
     for block in graph.blocks:
         if block.key not in points:
-            points[block.key] = _measure(graph, block, device, where, max_samples)
+            points[block.key] = _measure(graph, block, device, where, max_samples, compiled)
             names[block.key] = block.name
     return CostTable(device, main_dtype(graph), points, names, "measured")
 
 
 def _measure(
-    graph: Graph, block: Block, device: Device, where: torch.device, max_samples: int
+    graph: Graph, block: Block, device: Device, where: torch.device, max_samples: int, compiled: bool
 ) -> tuple[BlockCost, ...]:
     points: list[BlockCost] = []
     samples, slow = 1, 0
     while samples <= max_samples and slow < 2:
         try:
-            point = _point(graph, block, samples, device, where)
+            point = _point(graph, block, samples, device, where, compiled)
         except torch.OutOfMemoryError:
             if not points:
                 raise ValueError(
@@ -68,8 +70,8 @@ def _measure(
     return tuple(points)
 
 
-def _point(graph: Graph, block: Block, samples: int, device: Device, where: torch.device) -> BlockCost:
-    trial = _Trial(graph, block, samples, where)
+def _point(graph: Graph, block: Block, samples: int, device: Device, where: torch.device, compiled: bool) -> BlockCost:
+    trial = _Trial(graph, block, samples, where, compiled)
     # The first run loads kernels and fills the allocator's cache.
     trial.backward(trial.forward())
     memory = _memory(trial) if where.type == "cuda" else block_memory(graph, block, samples, cpu=device.is_cpu)
@@ -96,9 +98,10 @@ class _Trial:
     block: Block
     samples: int
     where: torch.device
+    compiled: bool
 
     def __post_init__(self) -> None:
-        self.function = block_function(self.graph, self.block, self.samples, self.where)
+        self.function = block_function(self.graph, self.block, self.samples, self.where, self.compiled)
         placeholders = {name: placeholder for placeholder, name in self.graph.parameter_inputs.items()}
         names = [*self.block.inputs, *self.block.preamble]
         self.parameters = {p: self._made_up(self.graph.values[placeholders[p]]) for p in self.block.parameters}

@@ -21,7 +21,9 @@ CPU = torch.device("cpu")
 def test_every_unique_block_is_measured_once(monkeypatch):
     runs = []
     original = measure.block_function
-    monkeypatch.setattr(measure, "block_function", lambda g, b, n, d: runs.append((b.key, n)) or original(g, b, n, d))
+    monkeypatch.setattr(
+        measure, "block_function", lambda g, b, n, *rest: runs.append((b.key, n)) or original(g, b, n, *rest)
+    )
     table = measured_costs(GRAPH, DEVICES["CPU"], CPU, 8)
     assert table.source == "measured" and len(runs) == len(set(runs)) == len(table.points) * 4
     analytic = analytic_costs(GRAPH, DEVICES["CPU"], 8)
@@ -52,7 +54,7 @@ def test_slow_blocks_are_measured_with_few_samples(monkeypatch):
 
 
 def test_what_does_not_fit(monkeypatch):
-    def full(graph, block, samples, device, where):
+    def full(graph, block, samples, *rest):
         if samples > 2 or block.index == 3:
             raise torch.OutOfMemoryError
         return BlockCost(samples, 1.0, 2.0, 8, 8, 8)

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from rannc_hf.capture import capture
 from rannc_hf.capture.instantiate import block_function
 from rannc_hf.cost import ops
-from rannc_hf.cost.analytic import _backward
 from rannc_hf.cost.memory import block_memory, nodes_by_name, parameter_bytes, state_bytes
+from rannc_hf.cost.work import backward_work
 
 SEQ, SAMPLES = 12, 3
 
@@ -127,7 +127,7 @@ def test_saved_bytes_and_flops_are_those_of_pytorch(make):
             torch.autograd.backward(heads, [torch.ones_like(t) for t in heads])
         # In steps, attention computes four products in the backward; fused it computes a fifth.
         backward = sum(
-            _backward(n, graph, SAMPLES).flops * (0.8 if "attention" in ops.op_name(n) else 1.0)
+            backward_work(n, graph, SAMPLES).flops * (0.8 if "attention" in ops.op_name(n) else 1.0)
             for n in inside
             if ops.needs_grad(n, graph)
         )

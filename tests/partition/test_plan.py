@@ -53,7 +53,9 @@ def test_round_trip(tmp_path):
     st.text(max_size=20),
 )
 def test_round_trip_of_any_plan(replicas, batch, time, schedule, why):
-    stages = tuple(StagePlan(i, i, tuple(range(r)), "none", "none", time, time / 3, batch) for i, r in enumerate(replicas))
+    stages = tuple(
+        StagePlan(i, i, tuple(range(r)), "none", "none", time, time / 3, batch) for i, r in enumerate(replicas)
+    )
     plan = Plan(stages, batch, 1, schedule, "hash", time, why)
     assert Plan.from_json(plan.to_json()) == plan
 

@@ -14,7 +14,10 @@ from rannc_hf.partition.plan import Plan, StagePlan
 
 GRAPH = make_graph([8] * 4)
 PLAN = Plan(
-    (StagePlan(0, 1, (0,), "none", "none", 10.0, 20.0, 2**30), StagePlan(2, 3, (1,), "none", "none", 11.0, 22.0, 2**30)),
+    (
+        StagePlan(0, 1, (0,), "none", "none", 10.0, 20.0, 2**30),
+        StagePlan(2, 3, (1,), "none", "none", 11.0, 22.0, 2**30),
+    ),
     8,
     4,
     "1f1b",
