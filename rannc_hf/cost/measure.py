@@ -34,7 +34,8 @@ def measured_costs(
 
     `device` describes `where` for the planner. Times are those of the engine's own calls: seeded random numbers, and
     gradients added to sums in the masters' precision. Memory is what the allocator counted on CUDA, and follows from
-    the graph on a CPU. `compiled` measures blocks as `torch.compile` makes them. A block that does not fit with so many samples, or takes long, is measured with fewer.
+    the graph on a CPU. A block that does not fit with so many samples, or takes long, is measured with fewer.
+    `compiled` measures blocks as `torch.compile` makes them.
 
     Raises ValueError where a block does not fit with a single sample.
     """
