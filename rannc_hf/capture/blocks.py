@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.fx as fx
@@ -52,6 +53,13 @@ def block_of(graph: Graph, index: int, nodes: Sequence[fx.Node], outputs: Sequen
     """A block of any operations of a captured graph, given in graph order."""
     preamble = {n for n in graph.fx_graph.nodes if n.name in graph.preamble}
     return _block(index, list(nodes), preamble, graph.parameter_inputs, list(outputs))
+
+
+def rebuilt(graph: Graph, block: Block) -> Block:
+    """`block`, for a variant `graph` of its graph: operations of the same names, which may have other arguments."""
+    nodes = {n.name: n for n in graph.fx_graph.nodes}
+    made = block_of(graph, block.index, [nodes[n] for n in block.nodes], [nodes[n] for n in block.outputs])
+    return replace(made, name=block.name)
 
 
 # -- where to cut ----------------------------------------------------------------------------------------------------

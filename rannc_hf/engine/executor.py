@@ -44,7 +44,8 @@ class _Arrival:
 class Step:
     """State of one step on one rank."""
 
-    compute: StageReplica
+    compute: Sequence[StageReplica]
+    """What computes each microbatch: a variant of this stage."""
     microbatches: Sequence[Microbatch]
     batch: Mapping[str, torch.Tensor]
     """Graph inputs by placeholder, for the global batch."""
@@ -107,7 +108,8 @@ class Executor:
                 handlers[action.kind](action, step)
             self.transport.drain()
         finally:
-            step.compute.clear()
+            for compute in step.compute:
+                compute.clear()
 
     # -- compute -------------------------------------------------------------------------------------------------
 
@@ -122,12 +124,9 @@ class Executor:
         samples = max(stop - start, 1)
         inputs = {name: parts[0] for name, parts in self._arrived(step, ActionKind.RECV_ACT, microbatch.index).items()}
         first = microbatch.start + (start if stop > start else 0)
-        batch = {
-            name: value[first : first + samples] if name in step.batched else value
-            for name, value in step.batch.items()
-        }
+        batch = part_of(step.batch, step.batched, first, first + samples)
         batch.update(step.counts[microbatch.index])
-        outputs = step.compute.forward(
+        outputs = step.compute[microbatch.index].forward(
             microbatch.index, samples, inputs, batch, (step.number, microbatch.index, start), step.train
         )
         if self.loss is not None and stop > start:
@@ -143,7 +142,7 @@ class Executor:
             gradients[name] = total
         if self.loss is not None:
             gradients[self.loss] = torch.ones_like(step.losses[action.microbatch])
-        step.input_gradients[action.microbatch] = step.compute.backward(action.microbatch, gradients)
+        step.input_gradients[action.microbatch] = step.compute[action.microbatch].backward(action.microbatch, gradients)
 
     # -- messages ------------------------------------------------------------------------------------------------
 
@@ -243,6 +242,13 @@ class Executor:
             f"stage {self.stage} replica {self.replica}: {kind} {value} of microbatch {action.microbatch} "
             f"{way} stage {action.peer}"
         )
+
+
+def part_of(
+    inputs: Mapping[str, torch.Tensor], batched: frozenset[str], start: int, stop: int
+) -> dict[str, torch.Tensor]:
+    """Graph inputs for samples `start` to `stop` of the batch; those in `batched` have one entry a sample."""
+    return {name: value[start:stop] if name in batched else value for name, value in inputs.items()}
 
 
 def locate(plan: Plan, rank: int) -> tuple[int, int]:

@@ -11,14 +11,15 @@ from rannc_hf.capture.graph import Graph
 from rannc_hf.capture.passes.masks import unmask
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine.batch import GlobalBatch
-from rannc_hf.engine.executor import Executor, Microbatch, Step, channels
+from rannc_hf.engine.executor import Executor, Microbatch, Step, channels, part_of
 from rannc_hf.engine.outputs import deliver, output_channels
 from rannc_hf.engine.parameters import ParameterStore
-from rannc_hf.engine.program import Program, place
+from rannc_hf.engine.program import Program, StageProgram
 from rannc_hf.engine.routes import microbatch_sizes, slices
 from rannc_hf.engine.schedule import Action, lower, lower_forward, validate
 from rannc_hf.engine.stage import Functions, StageReplica
 from rannc_hf.engine.transport import Transport
+from rannc_hf.engine.variants import Variants
 from rannc_hf.partition.plan import Plan
 
 
@@ -44,14 +45,13 @@ class Runtime:
         self.executor = Executor(program, plan, store, transport, device)
         stage = self.executor.stage
         recompute = plan.stages[stage].recompute == "blocks"
-        self._replica = StageReplica(program.stages[stage], self.functions, store.compute, recompute, config.seed)
-        self._unmasked_fields: frozenset[str] | None = None
-        variant = transport.once(lambda: unmask(self.graph), "the graph without masks")
-        if variant is not None:
-            self._unmasked_fields = frozenset(variant.fields)
-            unmasked = place(variant.graph, plan, self.graph).stages[stage]
-            functions = Functions(variant.graph, device)
-            self._unmasked = StageReplica(unmasked, functions, store.compute, recompute, config.seed)
+
+        def replica(part: StageProgram, graph: Graph) -> StageReplica:
+            functions = Functions(graph, device, like=self.functions)
+            return StageReplica(part, functions, store.compute, recompute, config.seed)
+
+        unmasked = transport.once(lambda: unmask(self.graph), "the graph without masks")
+        self._variants = Variants(program.stages[stage], self.graph, unmasked, replica)
         self._edges = {(e.producer, e.consumer): bool(e.gradients) for e in program.edges}
         self._lists: dict[int, list[Action]] = {}
         opened = channels(program, plan)
@@ -67,9 +67,10 @@ class Runtime:
         microbatches = [Microbatch(i, a, a + n) for i, (a, n) in enumerate(zip(starts, sizes))]
         inputs, batched = self._inputs(batch)
         counts = self.counts(inputs, batched, 0, batch.samples)
-        step = Step(
-            self._compute(batch), microbatches, inputs, batched, [counts] * len(microbatches), number, train=True
-        )
+        spans = [(m.start + start, m.start + stop) for m in microbatches for start, stop in [self.executor.span(m)]]
+        parts = [(b - a, part_of(inputs, batched, a, b)) for a, b in spans]
+        compute = self._variants.for_training(batch.unpadded, parts)
+        step = Step(compute, microbatches, inputs, batched, [counts] * len(microbatches), number, train=True)
         self.store.begin_step()
         self.executor.run(self._actions(len(microbatches)), step)
         assert self.graph.loss is not None
@@ -94,16 +95,11 @@ class Runtime:
                 owners.append(rank)
             shard_counts = self.counts(inputs, batched, first, first + samples) if samples else {}
             counts += [shard_counts] * (len(microbatches) - len(counts))
-        step = Step(self._compute(batch), microbatches, inputs, batched, counts, number, train=False)
+        compute = [self._variants.whole(batch.unpadded)] * len(microbatches)
+        step = Step(compute, microbatches, inputs, batched, counts, number, train=False)
         with torch.no_grad():
             self.executor.run(self._actions(len(microbatches)), step)
             return deliver(self.executor, step, owners)
-
-    def _compute(self, batch: GlobalBatch) -> StageReplica:
-        """This stage, without attention masks where the batch has no padding."""
-        if self._unmasked_fields is not None and self._unmasked_fields <= batch.unpadded:
-            return self._unmasked
-        return self._replica
 
     def _actions(self, microbatches: int) -> list[Action]:
         """This stage's actions for a number of microbatches, found to end before they are first run."""
@@ -124,7 +120,7 @@ class Runtime:
         """Values of the graph's global counts for samples `start` to `stop`."""
         samples = stop - start
         result: dict[str, torch.Tensor] = {}
-        part = {n: v[start:stop] if n in batched else v for n, v in inputs.items()}
+        part = part_of(inputs, batched, start, stop)
         for count in self.graph.counts:
             dtype = self.graph.values[count.placeholder].dtype
             if count.node is not None:

@@ -19,9 +19,10 @@ BlockFunction = Callable[..., tuple[torch.Tensor, ...]]
 class Functions:
     """Runnable functions of a graph on a device, made once per block key and number of samples."""
 
-    def __init__(self, graph: Graph, device: torch.device) -> None:
+    def __init__(self, graph: Graph, device: torch.device, like: Functions | None = None) -> None:
         self.graph, self.device = graph, device
-        self._blocks: dict[tuple[str, int], BlockFunction] = {}
+        # Blocks with equal keys compute the same in all variants of a graph.
+        self._blocks: dict[tuple[str, int], BlockFunction] = like._blocks if like is not None else {}
         self._preambles: dict[tuple[tuple[str, ...], int], tuple[BlockFunction, tuple[str, ...]]] = {}
 
     def block(self, block: Block, samples: int) -> BlockFunction:

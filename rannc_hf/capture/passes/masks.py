@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.fx as fx
 
-from ..blocks import block_of
+from ..blocks import rebuilt
 from ..graph import Graph
 from ..instantiate import preamble_function
 
@@ -108,9 +108,4 @@ def _without(graph: Graph, causal: Mapping[str, bool], by_name: Mapping[str, fx.
         made.args = tuple(arguments)
         made.kwargs = {k: v for k, v in made.kwargs.items() if k not in ("attn_mask", "dropout_p", "is_causal")}
     result = replace(graph, fx_graph=copy)
-    nodes = {n.name: n for n in copy.nodes}
-    blocks = tuple(
-        replace(block_of(result, b.index, [nodes[n] for n in b.nodes], [nodes[n] for n in b.outputs]), name=b.name)
-        for b in graph.blocks
-    )
-    return replace(result, blocks=blocks)
+    return replace(result, blocks=tuple(rebuilt(result, b) for b in graph.blocks))

@@ -1,0 +1,87 @@
+"""The variants of a stage's computation, and which of them each microbatch takes.
+
+All give the same result. Attention goes without its mask where the batch has no padding (`capture.passes.masks`), and
+the head runs on the labelled rows where few have a label (`capture.passes.sparse_head`). The first holds for a step on
+all ranks; the second is chosen by each replica for its slice of each microbatch, since it changes nothing that others
+see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from rannc_hf.capture.blocks import rebuilt
+from rannc_hf.capture.graph import Graph
+from rannc_hf.capture.passes.masks import Unmasked
+from rannc_hf.capture.passes.sparse_head import sparse_head
+from rannc_hf.engine.program import StageProgram
+from rannc_hf.engine.stage import StageReplica, Tensors
+
+Make = Callable[[StageProgram, Graph], StageReplica]
+
+
+class Variants:
+    """The variants of one stage, made when first needed.
+
+    Args:
+        program: what the stage computes of `graph`.
+        unmasked: the variant of `graph` without masks.
+        make: makes what runs a variant.
+    """
+
+    def __init__(self, program: StageProgram, graph: Graph, unmasked: Unmasked | None, make: Make) -> None:
+        self._masked = _Heads(program, replace(graph, blocks=program.blocks), make)
+        self._unmasked, self._fields = self._masked, frozenset[str]()
+        if unmasked is not None:
+            blocks = tuple(rebuilt(unmasked.graph, b) for b in program.blocks)
+            self._unmasked = _Heads(program, replace(unmasked.graph, blocks=blocks), make)
+            self._fields = frozenset(unmasked.fields)
+
+    def whole(self, unpadded: frozenset[str]) -> StageReplica:
+        """The variant that computes all rows, for a batch in which the masks `unpadded` hide nothing."""
+        return self._heads(unpadded).replica(None)
+
+    def for_training(self, unpadded: frozenset[str], parts: Sequence[tuple[int, Tensors]]) -> list[StageReplica]:
+        """The variant for each microbatch, given this replica's samples of it: how many, and the graph's inputs.
+
+        Where a head could run on fewer rows, this waits for the number of labels once, for all microbatches together.
+        """
+        return self._heads(unpadded).for_parts(parts)
+
+    def _heads(self, unpadded: frozenset[str]) -> _Heads:
+        return self._unmasked if self._fields <= unpadded else self._masked
+
+
+class _Heads:
+    """A stage with its head on all rows, or on as many as are needed. The blocks of `graph` are those of the stage."""
+
+    def __init__(self, program: StageProgram, graph: Graph, make: Make) -> None:
+        self.program, self.graph, self.make = program, graph, make
+        self.head = sparse_head(graph)
+        self.replicas: dict[int | None, StageReplica] = {}
+
+    def for_parts(self, parts: Sequence[tuple[int, Tensors]]) -> list[StageReplica]:
+        head = self.head
+        if head is None:
+            return [self.replica(None)] * len(parts)
+        functions = self.replica(None).functions
+        counts = [
+            head.labelled(functions.preamble((head.target,), samples, inputs)[head.target]) for samples, inputs in parts
+        ]
+        labelled = torch.stack(counts).tolist()
+        return [self.replica(head.capacity(count, samples)) for count, (samples, _) in zip(labelled, parts)]
+
+    def replica(self, capacity: int | None) -> StageReplica:
+        """With the head on `capacity` rows a sample; None for all."""
+        if capacity not in self.replicas:
+            graph = self.graph
+            if capacity is not None:
+                assert self.head is not None
+                graph = self.head.variant(capacity)
+            preamble = tuple(dict.fromkeys(v for block in graph.blocks for v in block.preamble))
+            program = replace(self.program, blocks=graph.blocks, preamble=preamble)
+            self.replicas[capacity] = self.make(program, graph)
+        return self.replicas[capacity]
