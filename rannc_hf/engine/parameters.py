@@ -160,7 +160,7 @@ class ParameterStore:
         if self.transport.world_size > 1:
             for key, parameter in parameters.items():
                 value = parameter.data.to(device).contiguous()
-                self.transport.broadcast(value, 0, f"first value of parameter {key}")
+                self.transport.broadcast(value, 0, self.transport.everyone, f"first value of parameter {key}").wait()
                 parameter.data = value
         if self.transport.rank in ranks:
             trainable = members[0] in self.live

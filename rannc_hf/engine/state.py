@@ -19,7 +19,7 @@ def move_buffers(model: nn.Module, transport: Transport, device: torch.device) -
         owner, _, key = name.rpartition(".")
         value = buffer.to(device).contiguous()
         if name in persistent and transport.world_size > 1:
-            transport.broadcast(value, 0, f"buffer {name}")
+            transport.broadcast(value, 0, transport.everyone, f"buffer {name}").wait()
         model.get_submodule(owner)._buffers[key] = value
 
 
@@ -58,7 +58,7 @@ def gather(model: nn.Module, store: ParameterStore, transport: Transport) -> dic
             if name in owned
             else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         )
-        transport.broadcast(value, source, f"parameter {name}")
+        transport.broadcast(value, source, transport.everyone, f"parameter {name}").wait()
         if transport.rank == 0:
             values[name] = value.cpu()
     if transport.rank != 0:

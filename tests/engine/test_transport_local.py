@@ -250,7 +250,7 @@ def test_collectives():
         gathered = t.all_gather(torch.tensor([t.rank]), "ranks")
         objects = t.all_gather_object({"rank": t.rank}, "objects")
         sent = torch.tensor([float(t.rank)])
-        t.broadcast(sent, 1, "from one")
+        t.broadcast(sent, 1, (0, 1, 2), "from one").wait()
         t.barrier("end")
         return [total.tolist(), biggest.tolist(), pair.item(), torch.cat(gathered).tolist(), objects, sent.item()]
 
@@ -258,6 +258,37 @@ def test_collectives():
     objects = [{"rank": 0}, {"rank": 1}, {"rank": 2}]
     for rank, pair in enumerate([1.0, 1.0, 2.0]):
         assert results[rank] == [[3.0, 3.0], [2, 0], pair, [0, 1, 2], objects, 1.0]
+
+
+def test_collectives_to_and_from_one_rank_of_a_group():
+    """Several are under way at once, and ranks outside of the group have no part in them."""
+
+    def body(t: Transport):
+        if t.rank == 1:
+            return None
+        summed, other, sent = (torch.full((2,), float(t.rank + 1)) for _ in range(3))
+        under_way = [
+            t.reduce(summed, 2, (0, 2), "to two"),
+            t.broadcast(sent, 2, (0, 2), "from two"),
+            t.reduce(other, 0, (0, 2), "to zero"),
+            t.reduce(other, t.rank, (t.rank,), "alone"),
+            t.broadcast(other, t.rank, (t.rank,), "alone"),
+        ]
+        for pending in under_way:
+            pending.wait()
+        return (summed if t.rank == 2 else other).tolist(), sent.tolist()
+
+    world = LocalWorld(3)
+    world.run(lambda t: t.open({}, [(0, 2)]))
+    assert world.run(body) == [([4.0, 4.0], [3.0, 3.0]), None, ([4.0, 4.0], [3.0, 3.0])]
+
+
+def test_roots_must_agree():
+    def body(t: Transport):
+        t.reduce(torch.ones(1), t.rank, (0, 1), f"gradients {t.rank}").wait()
+
+    with pytest.raises(TransportError, match="rank 0 calls reduce to rank 0 for gradients 0, but rank 1 calls reduce"):
+        opened(2).run(body)
 
 
 def test_reductions_add_in_rank_order():

@@ -97,6 +97,10 @@ def collectives(t: DistributedTransport) -> list[Any]:
     ]
     if t.rank != 1:
         pending.append(t.all_reduce(pair, (0, 2), "pair"))
+    to_two, from_two = torch.tensor([t.rank + 1.0]), torch.tensor([t.rank + 1.0]).bfloat16()
+    if t.rank != 1:
+        pending.append(t.reduce(to_two, 2, (0, 2), "to two"))
+        pending.append(t.broadcast(from_two, 2, (0, 2), "from two"))
     for p in pending:
         p.wait()
     gathered = [x.tolist() for x in t.all_gather(torch.tensor([t.rank == 1, True]), "flags")]
@@ -104,7 +108,7 @@ def collectives(t: DistributedTransport) -> list[Any]:
     empty = [list(x.shape) for x in t.all_gather(torch.empty(0, 2), "nothing")]
     objects = t.all_gather_object({"rank": t.rank}, "objects")
     sent = torch.full((2,), t.rank).bfloat16()
-    t.broadcast(sent, 1, "from one")
+    t.broadcast(sent, 1, EVERYONE, "from one").wait()
     t.barrier("the end")
     return [
         total.tolist(),
@@ -116,6 +120,8 @@ def collectives(t: DistributedTransport) -> list[Any]:
         empty,
         objects,
         sent.tolist(),
+        to_two.item() if t.rank == 2 else None,
+        from_two.item(),
     ]
 
 
@@ -137,6 +143,7 @@ def times_out(rank: int) -> list[str]:
             error_of(lambda: t.recv(TWO_TO_ONE, 1, torch.empty(2), what).wait()),
             error_of(lambda: t.all_reduce(torch.ones(2), (0, 2), "gradients of block 4").wait()),
             error_of(lambda: t.barrier("saving")),
+            error_of(lambda: t.broadcast(torch.ones(2), 2, (0, 2), "parameters of block 4").wait()),
         ]
         t.send(SKIP, 2, torch.ones(2), "activations of microbatch 5")
         errors.append(error_of(t.drain))
@@ -178,14 +185,16 @@ def test_collectives(results):
     flags = [[False, True], [True, True], [False, True]]
     for rank, parts in enumerate(results[0][0]):
         pair = [2.0, 1.0, 2.0][rank]
-        assert parts[2] == [[3.0, 3.0], 4.5, [2, 0], pair, flags, [0, 1, 2], [[0, 2]] * 3, objects, [1.0, 1.0]]
+        rooted = [[None, 3.0], [None, 2.0], [4.0, 3.0]][rank]
+        assert parts[2] == [[3.0, 3.0], 4.5, [2, 0], pair, flags, [0, 1, 2], [[0, 2]] * 3, objects, [1.0, 1.0], *rooted]
 
 
 def test_a_timeout_names_what_it_waited_for(results):
-    receive, reduce, barrier, send = results[0][0][0][4]
+    receive, reduce, barrier, broadcast, send = results[0][0][0][4]
     what = "stage 0 replica 0: gradients of microbatch 3 from stage 1"
     assert receive.startswith(f"rank 0: {what}: nothing from rank 1 within 0.5 s")
     assert reduce.startswith("rank 0: gradients of block 4: nothing from ranks (0, 2) within 0.5 s")
+    assert broadcast.startswith("rank 0: parameters of block 4: nothing from rank 2 within 0.5 s")
     assert barrier.startswith("rank 0: saving: nothing from all ranks within 0.5 s")
     assert "1, 2" in barrier  # who did not come
     assert send.startswith("rank 0: activations of microbatch 5: nothing from rank 2 within 0.5 s")

@@ -80,8 +80,8 @@ class Transport(ABC):
     def open(self, channels: Mapping[Channel, tuple[int, ...]], groups: Sequence[tuple[int, ...]]) -> None:
         """Make channels and reduction groups ready for use. Collective: every rank passes equal arguments.
 
-        `channels` maps each channel to the ranks that may use it, `groups` lists the rank sets that will call
-        `all_reduce`; the set of all ranks is always open. May be called again to add more; what is open already stays
+        `channels` maps each channel to the ranks that may use it, `groups` lists the rank sets that will reduce or
+        broadcast; the set of all ranks is always open. May be called again to add more; what is open already stays
         as it is. Raises `TransportError` where ranks pass different arguments.
         """
 
@@ -118,16 +118,28 @@ class Transport(ABC):
         """
 
     @abstractmethod
+    def reduce(self, tensor: torch.Tensor, root: int, ranks: tuple[int, ...], what: str) -> Pending:
+        """Start adding up `tensor` (contiguous, equal shape everywhere) over `ranks`, in place on rank `root`.
+
+        Elsewhere its contents are undefined from now on, and it must not be changed before the wait has returned. The
+        ranks of a group must make all their calls in the same order. A group of one rank returns at once.
+        """
+
+    @abstractmethod
+    def broadcast(self, tensor: torch.Tensor, source: int, ranks: tuple[int, ...], what: str) -> Pending:
+        """Start overwriting `tensor` (contiguous, equal shape everywhere) with that of rank `source` on all `ranks`.
+
+        Nobody may change it, nor the others read it, before the wait has returned. The ranks of a group must make all
+        their calls in the same order. A group of one rank returns at once.
+        """
+
+    @abstractmethod
     def all_gather(self, tensor: torch.Tensor, what: str) -> list[torch.Tensor]:
         """The tensors of all ranks of the world, in rank order; shapes and dtypes must be equal."""
 
     @abstractmethod
     def all_gather_object(self, obj: Any, what: str) -> list[Any]:
         """The picklable objects of all ranks of the world, in rank order."""
-
-    @abstractmethod
-    def broadcast(self, tensor: torch.Tensor, source: int, what: str) -> None:
-        """Overwrite `tensor` (contiguous) with that of rank `source`, on the whole world."""
 
     def once(self, make: Callable[[], T], what: str) -> T:
         """The result of `make`, which ranks of one process share: there, only the first of them calls it. Collective.

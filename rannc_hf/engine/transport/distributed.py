@@ -101,21 +101,33 @@ class DistributedTransport(Transport):
             self.finish(operation)
 
     def all_reduce(self, tensor: torch.Tensor, ranks: tuple[int, ...], what: str, op: str = "sum") -> Pending:
-        assert op in REDUCTIONS and tensor.is_contiguous(), (op, what)
-        assert self.rank in ranks, (self.rank, ranks, what)
-        if len(ranks) == 1 or tensor.numel() == 0:
-            return Done()
-        assert ranks in self._groups, f"the group {ranks} was not opened: {what}"
-        group = self._world_for(tensor) if ranks == self.everyone else self._groups[ranks]
-        data = tensor.detach().view(-1)
-        return _Wait(
-            self,
-            self._start(
-                lambda: dist.all_reduce(data, op=_REDUCE_OPS[op], group=group, async_op=True),
-                what,
-                f"ranks {ranks}",
-                data,
-            ),
+        assert op in REDUCTIONS, (op, what)
+        return self._in_place(
+            lambda data, group: dist.all_reduce(data, op=_REDUCE_OPS[op], group=group, async_op=True),
+            tensor,
+            ranks,
+            what,
+            f"ranks {ranks}",
+        )
+
+    def reduce(self, tensor: torch.Tensor, root: int, ranks: tuple[int, ...], what: str) -> Pending:
+        assert root in ranks, (root, ranks, what)
+        return self._in_place(
+            lambda data, group: dist.reduce(data, root, group=group, async_op=True),
+            tensor,
+            ranks,
+            what,
+            f"ranks {ranks}",
+        )
+
+    def broadcast(self, tensor: torch.Tensor, source: int, ranks: tuple[int, ...], what: str) -> Pending:
+        assert source in ranks, (source, ranks, what)
+        return self._in_place(
+            lambda data, group: dist.broadcast(_as_bytes(data), source, group=group, async_op=True),
+            tensor,
+            ranks,
+            what,
+            f"rank {source}",
         )
 
     def all_gather(self, tensor: torch.Tensor, what: str) -> list[torch.Tensor]:
@@ -134,16 +146,6 @@ class DistributedTransport(Transport):
         self._guard(lambda: dist.all_gather_object(everything, obj, group=self._control), what, "all ranks")
         return everything
 
-    def broadcast(self, tensor: torch.Tensor, source: int, what: str) -> None:
-        assert tensor.is_contiguous() and 0 <= source < self.world_size, (source, what)
-        if tensor.numel():
-            data, group = _as_bytes(tensor.detach()), self._world_for(tensor)
-            self.finish(
-                self._start(
-                    lambda: dist.broadcast(data, source, group=group, async_op=True), what, f"rank {source}", data
-                )
-            )
-
     def barrier(self, what: str) -> None:
         # Unlike a plain barrier, this one says which ranks did not come.
         limit = timedelta(seconds=self._timeout_s)
@@ -161,6 +163,24 @@ class DistributedTransport(Transport):
             limit = timedelta(seconds=self._timeout_s)
             self._guard(lambda: operation.work.wait(limit), operation.what, operation.peer)
         operation.finished = True
+
+    def _in_place(
+        self,
+        collective: Callable[[torch.Tensor, dist.ProcessGroup], dist.Work | None],
+        tensor: torch.Tensor,
+        ranks: tuple[int, ...],
+        what: str,
+        peer: str,
+    ) -> Pending:
+        """Start a collective of `ranks` on `tensor`. `peer` names whom it depends on."""
+        assert tensor.is_contiguous(), what
+        assert self.rank in ranks, (self.rank, ranks, what)
+        if len(ranks) == 1 or tensor.numel() == 0:
+            return Done()
+        assert ranks in self._groups, f"the group {ranks} was not opened: {what}"
+        group = self._world_for(tensor) if ranks == self.everyone else self._groups[ranks]
+        data = tensor.detach().view(-1)
+        return _Wait(self, self._start(lambda: collective(data, group), what, peer, data))
 
     def _start(self, begin: Callable[[], dist.Work | None], what: str, peer: str, tensor: torch.Tensor) -> Operation:
         work = self._guard(begin, what, peer)

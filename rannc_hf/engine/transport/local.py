@@ -105,13 +105,17 @@ class LocalTransport(Transport):
             self._wait_for_receiver(message)
 
     def all_reduce(self, tensor: torch.Tensor, ranks: tuple[int, ...], what: str, op: str = "sum") -> Pending:
-        assert op in REDUCTIONS and tensor.is_contiguous(), (op, what)
-        assert self.rank in ranks and list(ranks) == sorted(set(ranks)), (self.rank, ranks, what)
-        if len(ranks) == 1:
-            return Done()
-        assert ranks in self._groups, f"the group {ranks} was not opened: {what}"
-        finish = mail.reduce_sum if op == "sum" else mail.reduce_max
-        return self._join(f"all_reduce {op}", ranks, tensor.detach(), what, finish)[1]
+        assert op in REDUCTIONS, (op, what)
+        return self._in_place(
+            f"all_reduce {op}", tensor, ranks, what, mail.reduce_sum if op == "sum" else mail.reduce_max
+        )
+
+    def reduce(self, tensor: torch.Tensor, root: int, ranks: tuple[int, ...], what: str) -> Pending:
+        return self._in_place(f"reduce to rank {root}", tensor, ranks, what, mail.reduce_to(ranks.index(root)))
+
+    def broadcast(self, tensor: torch.Tensor, source: int, ranks: tuple[int, ...], what: str) -> Pending:
+        finish = mail.broadcast_from(ranks.index(source))
+        return self._in_place(f"broadcast from rank {source}", tensor, ranks, what, finish)
 
     def all_gather(self, tensor: torch.Tensor, what: str) -> list[torch.Tensor]:
         return mail.copies(self._collect("all_gather", tensor.detach(), what, mail.copies))
@@ -119,10 +123,6 @@ class LocalTransport(Transport):
     def all_gather_object(self, obj: Any, what: str) -> list[Any]:
         # Pickled as between processes: ranks share nothing, and what cannot be sent is found here already.
         return [pickle.loads(data) for data in self._collect("all_gather_object", pickle.dumps(obj), what, list)]
-
-    def broadcast(self, tensor: torch.Tensor, source: int, what: str) -> None:
-        assert tensor.is_contiguous() and 0 <= source < self.world_size, (source, what)
-        self._collect(f"broadcast from rank {source}", tensor.detach(), what, mail.broadcast_from(source))
 
     def once(self, make: Callable[[], T], what: str) -> T:
         outcome: tuple[T | None, Exception | None] | None = None
@@ -145,6 +145,16 @@ class LocalTransport(Transport):
 
     def _wait_for_receiver(self, message: mail.Message) -> None:
         self.wait(lambda: message.matched, lambda: f"the receiver of {message}")
+
+    def _in_place(
+        self, name: str, tensor: torch.Tensor, ranks: tuple[int, ...], what: str, finish: mail.Finish
+    ) -> Pending:
+        assert tensor.is_contiguous(), what
+        assert self.rank in ranks and list(ranks) == sorted(set(ranks)), (self.rank, ranks, what)
+        if len(ranks) == 1:
+            return Done()
+        assert ranks in self._groups, f"the group {ranks} was not opened: {what}"
+        return self._join(name, ranks, tensor.detach(), what, finish)[1]
 
     def _join(
         self, name: str, ranks: tuple[int, ...], value: Any, what: str, finish: mail.Finish

@@ -124,6 +124,19 @@ def reduce_sum(tensors: Sequence[torch.Tensor]) -> None:
     _overwrite(tensors, total)
 
 
+def reduce_to(root: int) -> Finish:
+    """Sum in rank order, into tensor number `root`. The others are lost, as they may be between processes."""
+
+    def finish(tensors: Sequence[torch.Tensor]) -> None:
+        total = tensors[0].clone()
+        for tensor in tensors[1:]:
+            total += tensor
+        for position, tensor in enumerate(tensors):
+            tensor.copy_(total) if position == root else tensor.zero_()
+
+    return finish
+
+
 def reduce_max(tensors: Sequence[torch.Tensor]) -> None:
     """Elementwise maximum, into all of them."""
     total = tensors[0].clone()
@@ -138,8 +151,8 @@ def copies(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def broadcast_from(source: int) -> Finish:
-    """Overwrite all tensors with that of `source`."""
-    return lambda tensors: _overwrite(tensors, tensors[source].clone())
+    """Overwrite the other tensors with number `source`."""
+    return lambda tensors: _overwrite([t for t in tensors if t is not tensors[source]], tensors[source])
 
 
 def _overwrite(tensors: Sequence[torch.Tensor], value: torch.Tensor) -> None:
