@@ -107,6 +107,7 @@ class Executor:
                         self.store.begin_last_backward()
                 handlers[action.kind](action, step)
             self.transport.drain()
+            self.store.compute.settle()
         finally:
             for compute in step.compute:
                 compute.clear()

@@ -104,7 +104,7 @@ class RanncModel(nn.Module):
             self._partition(gathered)
         assert self.store is not None
         runtime = self._runtime(gathered)
-        self.store.cast()
+        self.store.refresh()
         self._steps += 1
         with _separate_random_state(runtime.graph, self.device):
             if not self.training:

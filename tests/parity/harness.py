@@ -52,6 +52,7 @@ def even_plan(
     batch_size: int,
     schedule: str = "1f1b",
     recompute: str = "none",
+    shard: str = "none",
 ) -> Plan:
     """A plan with about equally many blocks in each stage."""
     blocks = len(graph.blocks)
@@ -60,7 +61,7 @@ def even_plan(
     bounds = [round(i * blocks / count) for i in range(count + 1)]
     starts = [sum(replicas[:i]) for i in range(count)]
     stages = tuple(
-        StagePlan(a, b - 1, tuple(range(s, s + r)), recompute)
+        StagePlan(a, b - 1, tuple(range(s, s + r)), recompute, shard)
         for a, b, s, r in zip(bounds, bounds[1:], starts, replicas)
     )
     return Plan(stages, batch_size, microbatches, schedule, graph.structural_hash)
@@ -132,9 +133,15 @@ def plain(model: nn.Module, batch: Mapping[str, torch.Tensor], steps: int) -> Re
 Planner = Callable[[Graph, int], Plan]
 
 
-def planner(replicas: Sequence[int], microbatches: int, schedule: str = "1f1b", recompute: str = "none") -> Planner:
+def planner(
+    replicas: Sequence[int],
+    microbatches: int,
+    schedule: str = "1f1b",
+    recompute: str = "none",
+    shard: str = "none",
+) -> Planner:
     """Makes even plans."""
-    return lambda graph, samples: even_plan(graph, replicas, microbatches, samples, schedule, recompute)
+    return lambda graph, samples: even_plan(graph, replicas, microbatches, samples, schedule, recompute, shard)
 
 
 def on_ranks(
@@ -245,10 +252,11 @@ def check(
     microbatches: int = 2,
     schedule: str = "1f1b",
     recompute: str = "none",
+    shard: str = "none",
     steps: int = 5,
     tolerance: Tolerance = EXACT,
 ) -> None:
     """Train both ways and compare. With `EXACT`, the model must be in float64."""
-    make_plan = planner(replicas, microbatches, schedule, recompute)
+    make_plan = planner(replicas, microbatches, schedule, recompute, shard)
     result = pipelined(model, batch, replicas, make_plan, steps)
     compare(result, plain(model, batch, steps), tolerance)

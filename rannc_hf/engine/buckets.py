@@ -1,0 +1,160 @@
+"""`Bucket`: parameters that live and travel together, in flat storage: masters, compute copies and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from rannc_hf.engine.sharding import BucketSpec
+
+ALIGNMENT = 64
+"""Parameters start at multiples of this many elements: vectorised kernels need aligned addresses."""
+
+
+class Bucket:
+    """What one rank keeps of a bucket.
+
+    The user's Parameters become views of the flat `master` where this rank owns them, so an optimizer made before the
+    partition keeps working; elsewhere they are emptied. Blocks compute with the leaves of `compute`, views of
+    `flat_compute`: the masters themselves where they are owned and computed with in their own precision.
+
+    Args:
+        parameters: the user's, on `device` and with their values on every rank.
+        rank: this rank, one of `spec.ranks`.
+        compute_dtype: the dtype to compute floating parameters in; None for their own.
+    """
+
+    def __init__(
+        self,
+        spec: BucketSpec,
+        parameters: Mapping[str, nn.Parameter],
+        rank: int,
+        device: torch.device,
+        compute_dtype: torch.dtype | None,
+    ) -> None:
+        self.spec, self.name, self.ranks, self.device = spec, spec.name, spec.ranks, device
+        self.owned = rank in spec.owners
+        self.parameters = dict(parameters) if self.owned else {}
+        self.dtype = next(iter(parameters.values())).dtype
+        self.spans: dict[str, tuple[int, int]] = {}
+        self.size = 0
+        for key, parameter in parameters.items():
+            self.spans[key] = (self.size, self.size + parameter.numel())
+            self.size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        self.shapes = {key: p.shape for key, p in parameters.items()}
+        wide = compute_dtype is None or not self.dtype.is_floating_point or compute_dtype == self.dtype
+        self.master = self._take(parameters)
+        self.flat_compute = (
+            self.master
+            if wide and self.master is not None
+            else torch.empty(self.size, dtype=self.dtype if wide else compute_dtype, device=device)
+        )
+        self._adds_in_place = wide and not spec.streamed
+        self.compute = {key: self._leaf(key) for key in self.spans}
+        self.gradient: torch.Tensor | None = None
+        self._published: torch.Tensor | None = None
+
+    def view(self, flat: torch.Tensor, key: str) -> torch.Tensor:
+        """The part of a flat tensor that belongs to parameter `key`, in its shape."""
+        start, stop = self.spans[key]
+        return flat[start:stop].view(self.shapes[key])
+
+    def _take(self, parameters: Mapping[str, nn.Parameter]) -> torch.Tensor | None:
+        if not self.owned:
+            for parameter in parameters.values():
+                empty(parameter, self.device)
+            return None
+        master = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        for key, parameter in parameters.items():
+            view = self.view(master, key)
+            view.copy_(parameter.data)
+            parameter.data = view
+        return master
+
+    def _leaf(self, key: str) -> torch.Tensor:
+        # `.data`: the compute leaf must not share the version counter of what the optimizer or a transfer changes.
+        leaf = self.view(self.flat_compute, key).data
+        return leaf.requires_grad_(self.spec.trainable)
+
+    @torch.no_grad()
+    def cast(self) -> None:
+        """Bring the compute copy up to date with the masters, on their owner."""
+        if self.master is not None and self.flat_compute is not self.master:
+            self.flat_compute.copy_(self.master)
+
+    # -- gradients -----------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Make a zeroed sum of gradients for one step, apart from gradients that were published and not cleared."""
+        if not self.spec.trainable or (self.spec.streamed and not self.owned):
+            return
+        waiting = any(p.grad is not None for p in self.parameters.values())
+        if waiting and self.gradient is self._published:
+            self.gradient = None
+        if not waiting and self._published is not None:
+            self.gradient, self._published = self._published, None
+        if self.gradient is None:
+            self.gradient = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        else:
+            self.gradient.zero_()
+        if self._adds_in_place:
+            for key, leaf in self.compute.items():
+                leaf.grad = self.view(self.gradient, key)
+
+    def accumulate(self, key: str) -> None:
+        """Add the gradient of a leaf to the sum; in full precision autograd has done so already."""
+        if not self._adds_in_place:
+            leaf = self.compute[key]
+            assert self.gradient is not None and leaf.grad is not None
+            self.view(self.gradient, key).add_(leaf.grad)
+            leaf.grad = None
+
+    def collect(self) -> torch.Tensor:
+        """Take the leaves' gradients away from them: a new flat tensor, zero where there are none."""
+        flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        for key, leaf in self.compute.items():
+            if leaf.grad is not None:
+                self.view(flat, key).copy_(leaf.grad)
+                leaf.grad = None
+        return flat
+
+    @torch.no_grad()
+    def publish(self, scale: float) -> None:
+        """Set (or add to) `.grad` of the user's parameters: the gradient of this step times `scale`."""
+        if not self.spec.trainable:
+            return
+        if self.owned:
+            assert self.gradient is not None
+            if scale != 1.0:
+                self.gradient.mul_(scale)
+            for key, parameter in self.parameters.items():
+                view = self.view(self.gradient, key)
+                if parameter.grad is None:
+                    parameter.grad = view
+                else:
+                    parameter.grad.add_(view)
+            if self._published is None:
+                self._published = self.gradient
+        for leaf in self.compute.values():
+            leaf.grad = None
+
+
+def empty(parameter: nn.Parameter, device: torch.device) -> None:
+    """Free the memory of a parameter that another rank owns; its shape stays readable."""
+    parameter.data = torch.empty(1, dtype=parameter.dtype, device=device).expand(parameter.shape)
+
+
+def free(flat: torch.Tensor) -> None:
+    """Free the memory of a tensor and all its views, which stay valid for `refill`.
+
+    Whoever still refers to them (autograd's saved tensors, transfers not yet known to be complete) keeps no memory
+    alive. On CUDA this is in the order of the current stream, as for any tensor.
+    """
+    flat.untyped_storage().resize_(0)
+
+
+def refill(flat: torch.Tensor) -> None:
+    """Give a freed tensor, and so all its views, memory again, with undefined contents."""
+    flat.untyped_storage().resize_(flat.numel() * flat.element_size())
