@@ -93,7 +93,7 @@ class StageParameters(Mapping[str, torch.Tensor]):
         self._reducer.stream([bucket for bucket in found if bucket.spec.streamed])
 
     def settle(self) -> None:
-        """At the end of a step, so that masters may change: wait for copies that no block needed, free those gathered."""
+        """End a step, so that masters may change: wait for copies that no block has needed, free those gathered."""
         for pending in self._pending.values():
             pending.wait()
         self._pending.clear()

@@ -34,12 +34,15 @@ from tests.parity.models import CASES
 pytestmark = pytest.mark.multiprocess
 
 
-def train_and_evaluate(rank: int, name: str, replicas: tuple[int, ...], steps: int) -> tuple[Result, Any, Any]:
+def train_and_evaluate(
+    rank: int, name: str, replicas: tuple[int, ...], shard: str, steps: int
+) -> tuple[Result, Any, Any]:
     torch.set_num_threads(1)
     case = CASES[name]
     model = case.model()
     optimizer = optimizer_of(model)
-    wrapped = RanncModel(model, RanncConfig(length_multiple=1, timeout_s=60), device=CPU, planner=planner(replicas, 3))
+    make_plan = planner(replicas, 3, recompute="blocks" if shard == "parameters" else "none", shard=shard)
+    wrapped = RanncModel(model, RanncConfig(length_multiple=1, timeout_s=60), device=CPU, planner=make_plan)
     wrapped.register_optimizer(optimizer)
     part = shards(case.batch_as(9), sum(replicas))[rank]
     result = train(wrapped, optimizer, part, steps)
@@ -47,11 +50,20 @@ def train_and_evaluate(rank: int, name: str, replicas: tuple[int, ...], steps: i
     return result, wrapped(**part).logits, wrapped.full_state_dict()
 
 
-@pytest.mark.parametrize(("name", "replicas"), [("t5", (1, 2)), ("gpt2", (2, 1, 1))])
-def test_processes_equal_plain_training(name: str, replicas: tuple[int, ...]):
+@pytest.mark.parametrize(
+    ("name", "replicas", "shard"),
+    [
+        ("t5", (1, 2), "none"),
+        ("gpt2", (2, 1, 1), "none"),
+        ("bert", (1, 2), "optimizer"),
+        ("vit", (2, 1), "gradients"),
+        ("gpt2", (3,), "parameters"),
+    ],
+)
+def test_processes_equal_plain_training(name: str, replicas: tuple[int, ...], shard: str):
     case = CASES[name]
     ranks = sum(replicas)
-    results = run_ranks(train_and_evaluate, ranks, name, replicas, 3, timeout_s=150)
+    results = run_ranks(train_and_evaluate, ranks, name, replicas, shard, 3, timeout_s=150)
     result = merge([r for r, _, _ in results])
     compare(result, plain(case.model(), case.batch_as(9), 3), EXACT)
 

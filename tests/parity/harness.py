@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -113,10 +113,15 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, eps=1e-5)
 
 
-def plain(model: nn.Module, batch: Mapping[str, torch.Tensor], steps: int) -> Result:
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def plain(
+    model: nn.Module, batch: Mapping[str, torch.Tensor], steps: int, make_optimizer: MakeOptimizer = optimizer_of
+) -> Result:
     """Training in one process."""
     model = copy.deepcopy(model).train()
-    optimizer = optimizer_of(model)
+    optimizer = make_optimizer(model)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         loss = loss_of(model(**batch))
@@ -151,12 +156,13 @@ def on_ranks(
     run: Callable[[RanncModel, torch.optim.Optimizer, int], T],
     config: RanncConfig = EXACT_LENGTHS,
     compute_dtype: torch.dtype | None = None,
+    make_optimizer: MakeOptimizer = optimizer_of,
 ) -> list[T]:
     """`run(wrapped model, optimizer, rank)` as every rank of a local world; every rank has a copy of the model."""
 
     def body(transport: Transport) -> T:
         own = copy.deepcopy(model)
-        optimizer = optimizer_of(own)
+        optimizer = make_optimizer(own)
         wrapped = RanncModel(
             own, config, device=CPU, transport=transport, planner=make_plan, compute_dtype=compute_dtype
         )
@@ -172,6 +178,12 @@ def gradients_of(wrapped: RanncModel) -> dict[str, torch.Tensor | None]:
     return {n: p.grad.clone() if p.grad is not None else None for n, p in wrapped.store.owned.items()}
 
 
+def result_of(wrapped: RanncModel, losses: list[float]) -> Result:
+    """The gradients and parameters a rank holds now."""
+    assert wrapped.store is not None
+    return Result(losses, gradients_of(wrapped), {n: p.detach().clone() for n, p in wrapped.store.owned.items()}, [])
+
+
 def train(
     wrapped: RanncModel, optimizer: torch.optim.Optimizer, part: Mapping[str, torch.Tensor], steps: int
 ) -> Result:
@@ -185,12 +197,16 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert wrapped.store is not None
-    return Result(losses, gradients, {n: p.detach().clone() for n, p in wrapped.store.owned.items()}, norms)
+    return replace(result_of(wrapped, losses), gradients=gradients, norms=norms)
 
 
 def pipelined(
-    model: nn.Module, batch: Mapping[str, torch.Tensor], replicas: Sequence[int], make_plan: Planner, steps: int
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    replicas: Sequence[int],
+    make_plan: Planner,
+    steps: int,
+    make_optimizer: MakeOptimizer = optimizer_of,
 ) -> Result:
     """Training over the ranks of a plan in this process."""
     parts = shards(batch, sum(replicas))
@@ -200,6 +216,7 @@ def pipelined(
             sum(replicas),
             make_plan,
             lambda wrapped, optimizer, rank: train(wrapped, optimizer, parts[rank], steps),
+            make_optimizer=make_optimizer,
         )
     )
 
@@ -255,8 +272,9 @@ def check(
     shard: str = "none",
     steps: int = 5,
     tolerance: Tolerance = EXACT,
+    make_optimizer: MakeOptimizer = optimizer_of,
 ) -> None:
     """Train both ways and compare. With `EXACT`, the model must be in float64."""
     make_plan = planner(replicas, microbatches, schedule, recompute, shard)
-    result = pipelined(model, batch, replicas, make_plan, steps)
-    compare(result, plain(model, batch, steps), tolerance)
+    result = pipelined(model, batch, replicas, make_plan, steps, make_optimizer)
+    compare(result, plain(model, batch, steps, make_optimizer), tolerance)

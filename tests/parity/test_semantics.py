@@ -25,15 +25,10 @@ from tests.parity.harness import (
     optimizer_of,
     plain,
     planner,
+    result_of,
     shards,
 )
 from tests.parity.models import CASES, Batch
-
-
-def result_of(wrapped: RanncModel, losses: list[float]) -> Result:
-    assert wrapped.store is not None
-    parameters = {n: p.detach().clone() for n, p in wrapped.store.owned.items()}
-    return Result(losses, gradients_of(wrapped), parameters, [])
 
 
 def plain_accumulated(model: nn.Module, batches: list[Batch], scale: float, set_to_none: bool) -> Result:
