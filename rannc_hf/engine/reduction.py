@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -89,12 +90,20 @@ class GradientReducer:
             self._pending.append(self._transport.reduce(bucket.gradient, owner, bucket.ranks, what))
 
     def _hook(self, bucket: Bucket, key: str) -> Callable[[torch.Tensor], None]:
+        # A leaf holds its hooks where the garbage collector does not look: what they hold would never be freed.
+        reducer, held = weakref.ref(self), weakref.ref(bucket)
+
         def on_gradient(_: torch.Tensor) -> None:
-            bucket.accumulate(key)
-            if self._last and not bucket.spec.tied:
-                self._missing[bucket] -= 1
-                while self._started < len(self._ordered) and self._missing[self._ordered[self._started]] == 0:
-                    self._start(self._ordered[self._started])
-                    self._started += 1
+            own, complete = reducer(), held()
+            assert own is not None and complete is not None
+            own._arrived(complete, key)
 
         return on_gradient
+
+    def _arrived(self, bucket: Bucket, key: str) -> None:
+        bucket.accumulate(key)
+        if self._last and not bucket.spec.tied:
+            self._missing[bucket] -= 1
+            while self._started < len(self._ordered) and self._missing[self._ordered[self._started]] == 0:
+                self._start(self._ordered[self._started])
+                self._started += 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -163,3 +165,16 @@ def test_the_plan_is_chosen_written_and_used_again(tmp_path: Any):
     assert found == again
     assert seen[0] == seen[1] == Plan.load(path) and len(seen) == 2
     assert len(seen[0].stages) == 2
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_a_model_that_is_no_longer_used_is_freed(compute_dtype):
+    model = RanncModel(
+        CASE.model(), RanncConfig(), device=CPU, compute_dtype=compute_dtype, transport=LocalWorld(1).transports[0]
+    )
+    loss_of(model(**CASE.batch_as(4))).backward()
+    assert model.store is not None
+    buckets = [weakref.ref(bucket) for bucket in model.store.buckets]
+    del model
+    gc.collect()
+    assert buckets and not any(ref() for ref in buckets)
