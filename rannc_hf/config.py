@@ -65,6 +65,9 @@ class RanncConfig:
     memory_limit_gib: Literal["auto"] | float = "auto"
     """Memory that a plan may use on each device, in GiB. "auto": what the device has, less a margin."""
 
+    compile: Literal["auto"] | bool = "auto"
+    """Whether blocks are compiled by `torch.compile`, once for all that are equal. "auto": on GPUs with Triton."""
+
     plan_output: str | None = None
     """Path to which rank 0 writes the plan in use as JSON. None: it is not written."""
 
@@ -97,6 +100,8 @@ class RanncConfig:
         _check_choice("schedule", self.schedule, _SCHEDULES)
         _check_choice("recompute", self.recompute, _RECOMPUTE)
         _check_choice("shard", self.shard, _SHARD)
+        if self.compile != "auto" and not isinstance(self.compile, bool):
+            _refuse("compile", self.compile, 'true, false or "auto"')
         object.__setattr__(self, "timeout_s", _positive("timeout_s", self.timeout_s))
         if self.memory_limit_gib != "auto":
             object.__setattr__(

@@ -19,6 +19,7 @@ FULL = {
     "recompute": "blocks",
     "shard": "optimizer",
     "memory_limit_gib": 12.5,
+    "compile": False,
     "plan_output": "plan.json",
     "timeout_s": 30.0,
     "pad": {"labels": -100, "pixel_mask": 0},

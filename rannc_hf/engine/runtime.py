@@ -12,12 +12,13 @@ from rannc_hf.capture.passes.masks import unmask
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine.batch import GlobalBatch
 from rannc_hf.engine.executor import Executor, Microbatch, Step, channels, part_of
+from rannc_hf.engine.functions import Compilation, Functions, wants_compiled
 from rannc_hf.engine.outputs import deliver, output_channels
 from rannc_hf.engine.parameters import ParameterStore
 from rannc_hf.engine.program import Program, StageProgram
 from rannc_hf.engine.routes import microbatch_sizes, slices
 from rannc_hf.engine.schedule import Action, lower, lower_forward, validate
-from rannc_hf.engine.stage import Functions, StageReplica
+from rannc_hf.engine.stage import StageReplica
 from rannc_hf.engine.transport import Transport
 from rannc_hf.engine.variants import Variants
 from rannc_hf.partition.plan import Plan
@@ -39,15 +40,19 @@ class Runtime:
         self.program, self.plan, self.transport, self.device = program, plan, transport, device
         self.graph: Graph = program.graph
         self.store = store
-        self.functions = Functions(self.graph, device)
         self._model = model
         self._constants = {name: value.to(device) for name, value in self.graph.constants.items()}
         self.executor = Executor(program, plan, store, transport, device)
         stage = self.executor.stage
         recompute = plan.stages[stage].recompute == "blocks"
 
+        self._compilation = Compilation(strict=config.compile is True)
+        if wants_compiled(config, device):
+            self._compilation.samples = _nominal_slices(plan, stage)
+        self.functions = Functions(self.graph, device, self._compilation)
+
         def replica(part: StageProgram, graph: Graph) -> StageReplica:
-            functions = Functions(graph, device, like=self.functions)
+            functions = Functions(graph, device, self._compilation, like=self.functions)
             return StageReplica(part, functions, store.compute, recompute, config.seed)
 
         unmasked = transport.once(lambda: unmask(self.graph), "the graph without masks")
@@ -73,6 +78,7 @@ class Runtime:
         step = Step(compute, microbatches, inputs, batched, [counts] * len(microbatches), number, train=True)
         self.store.begin_step()
         self.executor.run(self._actions(len(microbatches)), step)
+        self._compilation.active = True
         assert self.graph.loss is not None
         loss = torch.zeros((), dtype=self.graph.values[self.graph.loss].dtype, device=self.device)
         for index in sorted(step.losses):
@@ -138,6 +144,13 @@ class Runtime:
             inputs[placeholder] = self._model.get_buffer(name)
         inputs.update(self._constants)
         return inputs, frozenset(p for p, f in self.graph.batch_inputs.items() if f in batch.batched)
+
+
+def _nominal_slices(plan: Plan, stage: int) -> frozenset[int]:
+    """Numbers of samples that replicas of a stage get from the microbatches of a full batch."""
+    replicas = plan.stages[stage].replicas
+    sizes = microbatch_sizes(plan.batch_size, plan.batch_size, plan.microbatches, max(s.replicas for s in plan.stages))
+    return frozenset(stop - start for size in sizes for start, stop in slices(size, replicas))
 
 
 def describe_shapes(batch: GlobalBatch) -> tuple[Sequence[object], ...]:

@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from rannc_hf.capture.graph import Block, Graph
-from rannc_hf.capture.instantiate import block_function, preamble_function
+from rannc_hf.capture.graph import Block
+from rannc_hf.engine.functions import BlockFunction, Functions, Tensors
 from rannc_hf.engine.gathering import StageParameters
 from rannc_hf.engine.program import StageProgram
 from rannc_hf.engine.recompute import recomputed
-
-Tensors = Mapping[str, torch.Tensor]
-BlockFunction = Callable[..., tuple[torch.Tensor, ...]]
-
-
-class Functions:
-    """Runnable functions of a graph on a device, made once per block key and number of samples."""
-
-    def __init__(self, graph: Graph, device: torch.device, like: Functions | None = None) -> None:
-        self.graph, self.device = graph, device
-        # Blocks with equal keys compute the same in all variants of a graph.
-        self._blocks: dict[tuple[str, int], BlockFunction] = like._blocks if like is not None else {}
-        self._preambles: dict[tuple[tuple[str, ...], int], tuple[BlockFunction, tuple[str, ...]]] = {}
-
-    def block(self, block: Block, samples: int) -> BlockFunction:
-        """The pure function of a block; blocks with equal keys share it."""
-        key = (block.key, samples)
-        if key not in self._blocks:
-            self._blocks[key] = block_function(self.graph, block, samples, self.device)
-        return self._blocks[key]
-
-    def preamble(self, names: tuple[str, ...], samples: int, inputs: Tensors) -> dict[str, torch.Tensor]:
-        """Preamble values `names` from the graph inputs (batch fields, buffers, constants, counts)."""
-        if not names:
-            return {}
-        key = (names, samples)
-        if key not in self._preambles:
-            self._preambles[key] = preamble_function(self.graph, names, samples, self.device)
-        function, placeholders = self._preambles[key]
-        with torch.no_grad():
-            return dict(zip(names, function(*[inputs[p] for p in placeholders])))
 
 
 @dataclass

@@ -17,8 +17,9 @@ from rannc_hf.capture.blocks import rebuilt
 from rannc_hf.capture.graph import Graph
 from rannc_hf.capture.passes.masks import Unmasked
 from rannc_hf.capture.passes.sparse_head import sparse_head
+from rannc_hf.engine.functions import Tensors
 from rannc_hf.engine.program import StageProgram
-from rannc_hf.engine.stage import StageReplica, Tensors
+from rannc_hf.engine.stage import StageReplica
 
 Make = Callable[[StageProgram, Graph], StageReplica]
 

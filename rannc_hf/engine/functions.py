@@ -1,0 +1,99 @@
+"""Runnable functions of a graph on a device: one a unique block and number of samples, compiled where they are hot."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from rannc_hf.capture.graph import Block, Graph
+from rannc_hf.capture.instantiate import block_function, preamble_function
+from rannc_hf.config import RanncConfig
+
+Tensors = Mapping[str, torch.Tensor]
+BlockFunction = Callable[..., tuple[torch.Tensor, ...]]
+
+
+@dataclass
+class Compilation:
+    """Which block functions are compiled. Shared by the variants of a graph.
+
+    Compiling takes seconds a function, so that only what returns in every step is compiled: slices of the sizes that
+    the plan makes of a full batch, once a graph has served a step.
+    """
+
+    samples: Collection[int] = ()
+    """Sizes of slices to compile for; none where nothing is compiled."""
+    strict: bool = False
+    """Whether a block that cannot be compiled is an error, rather than run as it is, with a warning."""
+    active: bool = False
+
+
+def wants_compiled(config: RanncConfig, device: torch.device) -> bool:
+    """Whether blocks are to be compiled: as the user says, or on GPUs where the compiler's backend is installed."""
+    if config.compile != "auto":
+        return config.compile
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+class Functions:
+    """Block functions and preamble functions of `graph`. Those of `like`, a variant of the same graph, are shared."""
+
+    def __init__(
+        self, graph: Graph, device: torch.device, compilation: Compilation, like: Functions | None = None
+    ) -> None:
+        self.graph, self.device, self.compilation = graph, device, compilation
+        # Blocks with equal keys compute the same in all variants of a graph.
+        self._blocks: dict[tuple[str, int, bool], BlockFunction] = like._blocks if like is not None else {}
+        self._preambles: dict[tuple[tuple[str, ...], int], tuple[BlockFunction, tuple[str, ...]]] = {}
+
+    def block(self, block: Block, samples: int) -> BlockFunction:
+        """The pure function of a block; blocks with equal keys share it."""
+        compiled = self.compilation.active and samples in self.compilation.samples
+        key = (block.key, samples, compiled)
+        if key not in self._blocks:
+            function: BlockFunction = block_function(self.graph, block, samples, self.device, compiled)
+            if compiled and not self.compilation.strict:
+                plain = block_function(self.graph, block, samples, self.device)
+                function = _Tried(function, plain, f"block {block.index} ({block.name})")
+            self._blocks[key] = function
+        return self._blocks[key]
+
+    def preamble(self, names: tuple[str, ...], samples: int, inputs: Tensors) -> dict[str, torch.Tensor]:
+        """Preamble values `names` from the graph inputs (batch fields, buffers, constants, counts)."""
+        if not names:
+            return {}
+        key = (names, samples)
+        if key not in self._preambles:
+            self._preambles[key] = preamble_function(self.graph, names, samples, self.device)
+        function, placeholders = self._preambles[key]
+        with torch.no_grad():
+            return dict(zip(names, function(*[inputs[p] for p in placeholders])))
+
+
+class _Tried:
+    """A compiled function, or the plain one from the first failure of the compiler on."""
+
+    def __init__(self, compiled: BlockFunction, plain: BlockFunction, what: str) -> None:
+        self._compiled, self._plain, self._what = compiled, plain, what
+        self._failed = False
+
+    def __call__(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self._failed:
+            return self._plain(*arguments)
+        try:
+            return self._compiled(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            self._failed = True
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            warnings.warn(
+                f"{self._what} runs uncompiled, because it cannot be compiled here: {reason}. "
+                "Set `compile: false` to leave it at that, `compile: true` to make it an error",
+                stacklevel=2,
+            )
+            return self._plain(*arguments)
