@@ -1,0 +1,111 @@
+"""Block functions: shared, compiled where they return in every step, and what a failing compiler leads to.
+
+The compiler's front and its autograd run here with a backend that executes what it is given, so that no C++ or Triton
+compiler is needed; tests/gpu compiles for real.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from rannc_hf.capture import instantiate
+from rannc_hf.config import RanncConfig
+from rannc_hf.engine import RanncModel
+from rannc_hf.engine.functions import wants_compiled
+from tests.parity.harness import EXACT, Result, compare, merge, on_ranks, plain, planner, shards, train
+from tests.parity.models import CASES
+
+COMPILED = RanncConfig(length_multiple=1, compile=True)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The functions given to the compiler."""
+    found: list[Any] = []
+    original = torch.compile
+
+    def compile_here(module: Any, **options: Any) -> Any:
+        found.append(module)
+        return original(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(instantiate.torch, "compile", compile_here)
+    yield found
+    torch._dynamo.reset()
+
+
+def run(
+    name: str, replicas: tuple[int, ...], config: RanncConfig, samples: int = 8, steps: int = 3, recompute: str = "none"
+) -> tuple[Result, Result]:
+    case = CASES[name]
+    model, batch = case.model().double(), case.batch_as(samples, torch.float64)
+    parts = shards(batch, sum(replicas))
+    results = on_ranks(
+        model,
+        sum(replicas),
+        planner(replicas, 2, recompute=recompute),
+        lambda wrapped, optimizer, rank: train(wrapped, optimizer, parts[rank], steps),
+        config=config,
+    )
+    return merge(results), plain(model, batch, steps)
+
+
+@pytest.mark.parametrize("recompute", ["none", "blocks"])
+@pytest.mark.parametrize(("name", "replicas"), [("bert", (2, 1)), ("gpt2", (1, 1)), ("resnet", (1,))])
+def test_compiled_blocks_are_exact(name, replicas, recompute, compiled):
+    found, wanted = run(name, replicas, COMPILED, recompute=recompute)
+    compare(found, wanted, EXACT)
+    assert compiled
+
+
+def test_equal_blocks_are_compiled_once(compiled):
+    run("bert", (1,), COMPILED)
+    assert len(compiled) == 4, "embeddings, all layers, and the head for two numbers of labels"
+
+
+def test_the_first_step_is_not_compiled(compiled):
+    run("resnet", (1,), COMPILED, steps=1)
+    assert not compiled
+
+
+def test_sizes_that_a_full_batch_does_not_have_are_not_compiled(compiled):
+    case = CASES["resnet"]
+
+    def body(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> list[int]:
+        counts = []
+        for samples in (8, 8, 5, 5):
+            wrapped(**case.batch_as(samples, torch.float64))
+            counts.append(len(compiled))
+        return counts
+
+    ((first, second, *rest),) = on_ranks(case.model().double(), 1, planner((1,), 1), body, config=COMPILED)
+    assert first == 0 < second and rest == [second, second]
+
+
+def test_a_block_that_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    def broken(graph_module: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(instantiate.torch, "compile", functools.partial(torch.compile, backend=broken))
+    monkeypatch.setattr("rannc_hf.engine.runtime.wants_compiled", lambda config, device: True)
+    with pytest.warns(UserWarning, match=r"block 0 \(.*\) runs uncompiled.*no compiler here.*`compile: true`"):
+        found, wanted = run("resnet", (1,), RanncConfig(length_multiple=1))
+    compare(found, wanted, EXACT)
+    with pytest.raises(Exception, match="no compiler here"):
+        run("resnet", (1,), COMPILED)
+    torch._dynamo.reset()
+
+
+def test_when_blocks_are_compiled():
+    cpu = torch.device("cpu")
+    assert not wants_compiled(RanncConfig(), cpu)
+    assert wants_compiled(RanncConfig(compile=True), cpu)
+    assert not wants_compiled(RanncConfig(compile=False), torch.device("cuda"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("resnet", (1,), RanncConfig(length_multiple=1))
