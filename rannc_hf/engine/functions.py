@@ -90,10 +90,15 @@ class _Tried:
             raise
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             self._failed = True
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             warnings.warn(
-                f"{self._what} runs uncompiled, because it cannot be compiled here: {reason}. "
+                f"{self._what} runs uncompiled, because it cannot be compiled here: {_reason(error)}. "
                 "Set `compile: false` to leave it at that, `compile: true` to make it an error",
                 stacklevel=2,
             )
             return self._plain(*arguments)
+
+
+def _reason(error: Exception) -> str:
+    """What the compiler's error goes back to, in a line."""
+    inner = getattr(error, "inner_exception", None) or error
+    return f"{type(inner).__name__}: {str(inner).strip()}".splitlines()[0]
