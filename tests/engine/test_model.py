@@ -58,7 +58,8 @@ def test_a_rank_keeps_its_own_parameters_as_the_same_objects():
     assert (held_first, held_second) == (len(first), len(second))
 
 
-def test_an_optimizer_made_after_the_partition_has_this_ranks_parameters():
+@pytest.mark.parametrize(("replicas", "shard"), [((1, 1), "none"), ((2,), "optimizer")], ids=str)
+def test_an_optimizer_made_after_the_partition_has_this_ranks_parameters(replicas: tuple[int, ...], shard: str):
     parts = shards(CASE.batch_as(4), 2)
 
     def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> None:
@@ -67,7 +68,7 @@ def test_an_optimizer_made_after_the_partition_has_this_ranks_parameters():
         wrapped.register_optimizer(late)
         assert [g["params"] for g in late.param_groups] == [g["params"] for g in optimizer.param_groups]
 
-    on_ranks(CASE.model(), 2, planner((1, 1), 2), run)
+    on_ranks(CASE.model(), 2, planner(replicas, 2, shard=shard), run)
 
 
 def test_saving_from_one_rank_fails_with_the_line_to_change():

@@ -29,9 +29,20 @@ DOUBLE = Tolerance(1e-8, 1e-8)
 """float64 on a GPU: sums in other orders (atomic additions in embedding gradients)."""
 
 
-@pytest.mark.parametrize("replicas", [(1,), (1, 1), (1, 2, 1), (2, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("replicas", "shard"),
+    [
+        ((1,), "none"),
+        ((1, 1), "none"),
+        ((1, 2, 1), "none"),
+        ((2, 1), "optimizer"),
+        ((1, 2), "gradients"),
+        ((3,), "parameters"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["bert", "t5", "resnet"])
-def test_stages_equal_the_plain_model(name: str, replicas: tuple[int, ...]):
+def test_stages_equal_the_plain_model(name: str, replicas: tuple[int, ...], shard: str):
     case = CASES[name]
     model = case.model().cuda()
     batch = {k: v.cuda() for k, v in case.batch_as(9).items()}
@@ -46,7 +57,7 @@ def test_stages_equal_the_plain_model(name: str, replicas: tuple[int, ...]):
             RanncConfig(length_multiple=1),
             device=torch.device("cuda", 0),
             transport=transport,
-            planner=planner(replicas, 2, recompute="blocks"),
+            planner=planner(replicas, 2, recompute="blocks", shard=shard),
         )
         wrapped.register_optimizer(optimizer)
         return train(wrapped, optimizer, parts[transport.rank], 3)

@@ -28,9 +28,11 @@ def shortened(batch: Batch, rank: int) -> Batch:
     return {k: v[:, :length].contiguous() if v.dim() > 1 else v for k, v in batch.items()}
 
 
-@pytest.mark.parametrize("replicas", [(1, 1), (1, 3), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("replicas", "shard"), [((1, 1), "none"), ((1, 3), "parameters"), ((2, 1, 1), "none")], ids=str
+)
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_are_each_ranks_own(name: str, replicas: tuple[int, ...]):
+def test_outputs_are_each_ranks_own(name: str, replicas: tuple[int, ...], shard: str):
     case = CASES[name]
     model, ranks = case.model(), sum(replicas)
     training = shards(case.batch_as(8), ranks)
@@ -43,7 +45,7 @@ def test_outputs_are_each_ranks_own(name: str, replicas: tuple[int, ...]):
         with torch.no_grad():
             return wrapped(**own[rank])
 
-    results = on_ranks(model, ranks, planner(replicas, 2), run, RanncConfig(length_multiple=8))
+    results = on_ranks(model, ranks, planner(replicas, 2, shard=shard), run, RanncConfig(length_multiple=8))
     plain = copy.deepcopy(model).eval()
     for rank, outputs in enumerate(results):
         with torch.no_grad():

@@ -93,7 +93,8 @@ def test_ranks_with_different_lengths_train_as_one_padded_batch():
     compare(result, Result([loss.item()], gradients, {}, []), EXACT)
 
 
-def test_frozen_and_unused_parameters_are_placed_and_left_alone():
+@pytest.mark.parametrize("shard", ["none", "parameters"])
+def test_frozen_and_unused_parameters_are_placed_and_left_alone(shard: str):
     case = CASES["bert"]
     model = case.model()
     for name, parameter in model.named_parameters():
@@ -116,7 +117,7 @@ def test_frozen_and_unused_parameters_are_placed_and_left_alone():
     def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> Result:
         return result_of(wrapped, three_steps(wrapped, optimizer, parts[rank]))
 
-    result = merge(on_ranks(model, 4, planner((1, 2, 1), 2), run))
+    result = merge(on_ranks(model, 4, planner((1, 2, 1), 2, shard=shard), run))
     expected = copy.deepcopy(model)
     losses = three_steps(expected, optimizer_of(expected), case.batch_as(8))
     gradients = {n: p.grad for n, p in expected.named_parameters()}
