@@ -20,13 +20,15 @@ class StageParameters(Mapping[str, torch.Tensor]):
     flat storage, which is refilled in place before the block's backward.
 
     The order of transfers is the same on all replicas of a stage: `refresh` goes through all buckets in one order, and
-    gathers are started by `acquire`, which all replicas call for the same blocks in the same order.
+    gathers are started by `acquire`, which all replicas call for the same blocks in the same order: the variants of a
+    graph have the same blocks with the same parameters.
     """
 
     def __init__(self, buckets: Sequence[Bucket], transport: Transport, reducer: GradientReducer) -> None:
         self._buckets, self._transport, self._reducer = buckets, transport, reducer
         self._leaves = {key: leaf for bucket in buckets for key, leaf in bucket.compute.items()}
         self._bucket_of = {key: bucket for bucket in buckets for key in bucket.compute}
+        self._known: dict[tuple[str, ...], tuple[Bucket, ...]] = {}
         self._pending: dict[Bucket, Pending] = {}
         self._present: dict[Bucket, None] = {}
         self._uses: Counter[Bucket] = Counter()
@@ -68,8 +70,8 @@ class StageParameters(Mapping[str, torch.Tensor]):
             self._gather(names)
             self._gather(following or ())
             self._ahead = following
-        for name in names if self._pending else ():
-            pending = self._pending.pop(self._bucket_of[name], None)
+        for bucket in self._buckets_for(names) if self._pending else ():
+            pending = self._pending.pop(bucket, None)
             if pending is not None:
                 pending.wait()
 
@@ -89,8 +91,7 @@ class StageParameters(Mapping[str, torch.Tensor]):
 
     def reduce(self, names: tuple[str, ...]) -> None:
         """After one backward of a block with the parameters `names`, the only block run in it. Collective."""
-        found = dict.fromkeys(self._bucket_of[name] for name in names)
-        self._reducer.stream([bucket for bucket in found if bucket.spec.streamed])
+        self._reducer.stream([bucket for bucket in self._buckets_for(names) if bucket.spec.streamed])
 
     def settle(self) -> None:
         """At the end of a step, so that masters may change: wait for copies that no block has needed."""
@@ -108,9 +109,15 @@ class StageParameters(Mapping[str, torch.Tensor]):
         self._drop_unused()
 
     def _gathered_for(self, names: tuple[str, ...]) -> list[Bucket]:
-        if not self._gathered:
-            return []
-        return [b for b in dict.fromkeys(self._bucket_of[name] for name in names) if b.spec.gathered]
+        return [b for b in self._buckets_for(names) if b.spec.gathered] if self._gathered else []
+
+    def _buckets_for(self, names: tuple[str, ...]) -> tuple[Bucket, ...]:
+        """Those that hold `names`, in one order on all ranks: replicas may run variants that use them in another."""
+        found = self._known.get(names)
+        if found is None:
+            wanted = {self._bucket_of[name] for name in names}
+            found = self._known[names] = tuple(bucket for bucket in self._buckets if bucket in wanted)
+        return found
 
     def _gather(self, names: tuple[str, ...]) -> None:
         for bucket in self._gathered_for(names):

@@ -94,9 +94,10 @@ def test_each_microbatch_has_its_own(labels: tuple[int, ...], capacities: list[i
     assert chosen == capacities * 2
 
 
-def test_replicas_with_very_different_numbers_of_labels(chosen: Chosen):
+@pytest.mark.parametrize("shard", ["none", "optimizer", "parameters"])
+def test_replicas_with_very_different_numbers_of_labels(shard: str, chosen: Chosen):
     # Slices of 2, 2 and 1 samples, then 2, 1 and 1: the second replica has every label.
-    check(CASES["bert"].model(), batch_of("bert", (0, 0, 12, 12, 0, 0, 0, 12, 0)), (1, 3), steps=1)
+    check(CASES["bert"].model(), batch_of("bert", (0, 0, 12, 12, 0, 0, 0, 12, 0)), (1, 3), shard=shard, steps=1)
     assert sorted(chosen, key=str) == [1, 1, 1, 1, None, None]
 
 
@@ -121,8 +122,8 @@ class OneOrTwoLosses(nn.Module):
         return loss + functional.cross_entropy(made.seq_relationship_logits, next_sentence_label)
 
 
-@pytest.mark.parametrize("padded", [True, False], ids=["padded", "unpadded"])
-def test_a_batch_whose_graph_is_cut_otherwise_than_the_planned_one(padded: bool, chosen: Chosen):
+@pytest.mark.parametrize(("padded", "shard"), [(True, "none"), (False, "none"), (True, "parameters")])
+def test_a_batch_whose_graph_is_cut_otherwise_than_the_planned_one(padded: bool, shard: str, chosen: Chosen):
     model, batch = OneOrTwoLosses(), batch_of("bert", padded=padded)
     del batch["token_type_ids"]
     planned = shards(batch, 3)
@@ -134,7 +135,7 @@ def test_a_batch_whose_graph_is_cut_otherwise_than_the_planned_one(padded: bool,
         optimizer.zero_grad()
         return train(wrapped, optimizer, parts[rank], steps=1)
 
-    result = merge(on_ranks(model, 3, planner((1, 2), 2), run))
+    result = merge(on_ranks(model, 3, planner((1, 2), 2, shard=shard), run))
     reference = plain(model, batch, 1)
     # Parameters that only the planned batch used have gradients of zero, not None; and Adam decays them.
     zeros = {n: torch.zeros_like(p) for n, p in reference.parameters.items()}
