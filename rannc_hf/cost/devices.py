@@ -8,7 +8,9 @@ EDR 100, HDR 200, NDR 400 Gbit/s a port). Memory sizes are what CUDA reports, wh
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -94,6 +96,20 @@ class Device:
     @property
     def is_cpu(self) -> bool:
         return self.name == "CPU"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `Device.from_dict` makes an equal device of them."""
+        rates = {str(kind).removeprefix("torch."): rate for kind, rate in self.matmul_flops.items()}
+        return asdict(self) | {"matmul_flops": rates}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Device:
+        """The device that `to_dict` described. Raises ValueError or TypeError for anything else."""
+        rates = {getattr(torch, kind, None): float(rate) for kind, rate in dict(data["matmul_flops"]).items()}
+        if not all(isinstance(kind, torch.dtype) for kind in rates) or torch.float32 not in rates:
+            raise ValueError(f"matmul_flops has no rate for float32, or for what is no dtype: {data['matmul_flops']}")
+        links = {key: Link(**data[key]) for key in ("intra", "inter")}
+        return cls(**{**data, "matmul_flops": rates, **links})
 
     def __str__(self) -> str:
         return f"{self.name} ({self.memory_bytes / GIB:.1f} GiB)"

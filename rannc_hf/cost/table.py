@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 
 from rannc_hf.capture.graph import Block
 from rannc_hf.cost.devices import Device
+
+_FORMAT = 1
+"""Version of the JSON; other versions are refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,35 @@ class BlockCost:
     """Values that later blocks or the user need."""
     workspace_bytes: int
     """What a forward or backward needs for its duration only."""
+
+    @classmethod
+    def from_dict(cls, data: Any) -> BlockCost:
+        """The cost that `dataclasses.asdict` made `data` of. Raises ValueError for anything else."""
+        kinds = {f.name: float if f.name.endswith("_us") else int for f in fields(cls)}
+        if not isinstance(data, dict) or data.keys() != kinds.keys():
+            raise ValueError(f"a point must have {', '.join(kinds)}, not {data!r}")
+        for name, kind in kinds.items():
+            value = data[name]
+            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name}={value!r} is not {'a' if kind is float else 'a whole'} number from 0 on")
+        values: dict[str, Any] = {name: kind(data[name]) for name, kind in kinds.items()}
+        return cls(**values)
+
+
+def read_points(data: Any) -> tuple[BlockCost, ...]:
+    """Costs of a block in order of samples. Raises ValueError where they are not that."""
+    if not isinstance(data, list) or not data:
+        raise ValueError("a block needs at least one point")
+    points = tuple(BlockCost.from_dict(p) for p in data)
+    if [p.samples for p in points] != sorted({p.samples for p in points}) or points[0].samples < 1:
+        raise ValueError(f"samples must increase from 1 on, not {[p.samples for p in points]}")
+    return points
+
+
+def points_text(points: Sequence[BlockCost], indent: str) -> str:
+    """JSON of costs, a line a point."""
+    lines = ",\n".join(f"{indent}  {json.dumps(asdict(p))}" for p in points)
+    return f"[\n{lines}\n{indent}]"
 
 
 @dataclass(frozen=True)
@@ -70,6 +104,43 @@ class CostTable:
             _between(low.output_bytes, high.output_bytes, part),
             _between(low.workspace_bytes, high.workspace_bytes, part),
         )
+
+    def to_json(self) -> str:
+        """JSON text, a line a point, that `from_json` reads back to an equal table."""
+        head = {
+            "format": _FORMAT,
+            "source": self.source,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.to_dict(),
+        }
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        blocks = [
+            f'    {json.dumps(key)}: {{"name": {json.dumps(self.names[key])}, "points": {points_text(points, "    ")}}}'
+            for key, points in self.points.items()
+        ]
+        inner = ",\n".join(blocks)
+        return "{\n" + ",\n".join([*lines, f'  "blocks": {{\n{inner}\n  }}']) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> CostTable:
+        """The table of a JSON text. Raises ValueError that says what is wrong with it."""
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict) or data.get("format") != _FORMAT:
+                raise ValueError(f"it is not a table of format {_FORMAT}")
+            dtype = getattr(torch, str(data["dtype"]), None)
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"dtype={data['dtype']!r} is no dtype")
+            return cls(
+                Device.from_dict(data["device"]),
+                dtype,
+                {key: read_points(block["points"]) for key, block in data["blocks"].items()},
+                {key: str(block["name"]) for key, block in data["blocks"].items()},
+                str(data["source"]),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"cannot read a cost table: {reason}") from None
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")

@@ -1,0 +1,148 @@
+"""Costs of blocks on disk: measured once for each unique block on each device.
+
+An entry is a readable JSON file. Its header says all that its times depend on, and it is used where every field is the
+same: an entry of another device, driver, PyTorch or version of this code is never used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rannc_hf.capture.disk import cache_directory, file_name, sources_hash, write
+from rannc_hf.capture.graph import Block, Graph
+from rannc_hf.cost.analytic import main_dtype
+from rannc_hf.cost.devices import Device
+from rannc_hf.cost.machine import Machine, present
+from rannc_hf.cost.measure import measured_costs
+from rannc_hf.cost.table import BlockCost, CostTable, points_text, read_points
+
+logger = logging.getLogger(__name__)
+
+_MODEL = (
+    *(f"cost/{name}.py" for name in ("analytic", "measure", "memory", "ops", "table")),
+    *(f"capture/{name}.py" for name in ("blocks", "instantiate")),
+)
+"""The code that costs depend on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the costs of a block depend on. The block's key covers its operations, shapes and dtypes."""
+
+    block: str
+    kind: str
+    """"measured" or "analytic"."""
+    dtype: str
+    device: str
+    memory_bytes: int
+    torch: str
+    cuda: str
+    driver: str
+    cost_model: str
+    """Hash of the code that measures and computes costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """How many of a graph's unique blocks were found on disk."""
+
+    found: int = 0
+    made: int = 0
+
+
+@cache
+def cost_model() -> str:
+    """The version of the code that costs depend on."""
+    return sources_hash(_MODEL)
+
+
+def header_of(graph: Graph, block: Block, kind: str, machine: Machine) -> Header:
+    """What the entry of a block on `machine` must say."""
+    dtype = str(main_dtype(graph)).removeprefix("torch.")
+    return Header(block.key, kind, dtype, cost_model=cost_model(), **asdict(machine))
+
+
+class CostCache:
+    """Entries under `directory` (None: `costs` in the cache directory), a file for each kind, device and block."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory if directory is not None else cache_directory() / "costs"
+
+    def path(self, header: Header) -> Path:
+        """Where the entry of this block, kind and device is, whatever else its header says."""
+        return self.directory / file_name(header.device) / f"{header.kind}-{file_name(header.block)}.json"
+
+    def load(self, header: Header, max_samples: int) -> tuple[BlockCost, ...]:
+        """The costs stored for exactly `header`, taken at up to `max_samples` samples or more.
+
+        Raises:
+            FileNotFoundError: where there is no entry.
+            ValueError: for one that cannot be used, with the file and the reason; the field, where one differs.
+        """
+        path = self.path(header)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        return _read(text, header, max_samples, path)
+
+    def save(self, header: Header, max_samples: int, name: str, points: Sequence[BlockCost]) -> None:
+        """Store costs taken at numbers of samples up to `max_samples`. Warns where that is not possible."""
+        head = asdict(header) | {"max_samples": max_samples, "name": name}
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
+        text = f'{{\n{lines},\n  "points": {points_text(points, "  ")}\n}}\n'
+        write(self.path(header), lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    def measured(self, graph: Graph, device: Device, where: torch.device, max_samples: int) -> tuple[CostTable, Hits]:
+        """Costs as `measured_costs` gives them; blocks are measured that have no entry, or one that cannot be used.
+
+        Raises ValueError where a block does not fit with a single sample.
+        """
+        unique = {block.key: block for block in reversed(graph.blocks)}
+        blocks = sorted(unique.values(), key=lambda b: b.index)
+        machine = present(where)
+        headers = {b.key: header_of(graph, b, "measured", machine) for b in blocks}
+        found: dict[str, tuple[BlockCost, ...]] = {}
+        for block in blocks:
+            try:
+                found[block.key] = self.load(headers[block.key], max_samples)
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                logger.warning("rannc cache: block %s is measured again: %s", block.name, error)
+        missing = tuple(b for b in blocks if b.key not in found)
+        made = measured_costs(replace(graph, blocks=missing), device, where, max_samples)
+        for block in missing:
+            self.save(headers[block.key], max_samples, block.name, made.points[block.key])
+        points = {b.key: found.get(b.key) or made.points[b.key] for b in blocks}
+        names = {b.key: b.name for b in blocks}
+        return CostTable(made.device, made.dtype, points, names, made.source), Hits(len(found), len(missing))
+
+
+def _read(text: str, header: Header, max_samples: int, path: Path) -> tuple[BlockCost, ...]:
+    try:
+        data: Any = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError("it is not an object")
+    except ValueError as error:
+        raise ValueError(f"{path} is not an entry of the cost cache: {error}") from None
+    for field, expected in asdict(header).items():
+        if data.get(field) != expected:
+            raise ValueError(f"{path} was made for another {field}: found {data.get(field)!r}, expected {expected!r}")
+    most = data.get("max_samples")
+    if not isinstance(most, int) or most < max_samples:
+        raise ValueError(f"{path} covers another max_samples: found {most!r}, expected at least {max_samples}")
+    try:
+        return read_points(data.get("points"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
