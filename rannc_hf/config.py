@@ -24,7 +24,10 @@ SECTION = "rannc_config"
 _ACCELERATE_KEYS = frozenset({"compute_environment", "distributed_type", "num_processes"})
 _SCHEDULES = ("auto", "gpipe", "1f1b")
 _RECOMPUTE = ("auto", "none", "blocks")
+_COSTS = ("auto", "measured", "analytic")
 _SHARD = ("auto", "none", "optimizer", "gradients", "parameters")
+_PLANNING = ("stages", "replicas", "microbatches", "schedule", "recompute", "shard", "costs", "memory_limit_gib")
+"""Options of the planner, which a given plan leaves nothing to decide for."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -60,6 +63,13 @@ class RanncConfig:
 
     "none": nothing, as under DDP; "optimizer": optimizer state and masters (ZeRO-1); "gradients" (ZeRO-2);
     "parameters" (ZeRO-3, fully sharded). "auto": the planner chooses per stage.
+    """
+
+    costs: Literal["auto", "measured", "analytic"] = "auto"
+    """Where the planner takes the times of blocks from.
+
+    "measured": each unique block is run on the device in use, and remembered on disk; "analytic": FLOPs and bytes
+    against what the device can do. "auto": measured on CUDA, analytic on a CPU.
     """
 
     memory_limit_gib: Literal["auto"] | float = "auto"
@@ -102,6 +112,7 @@ class RanncConfig:
         _check_choice("shard", self.shard, _SHARD)
         if self.compile != "auto" and not isinstance(self.compile, bool):
             _refuse("compile", self.compile, 'true, false or "auto"')
+        _check_choice("costs", self.costs, _COSTS)
         object.__setattr__(self, "timeout_s", _positive("timeout_s", self.timeout_s))
         if self.memory_limit_gib != "auto":
             object.__setattr__(
@@ -118,8 +129,7 @@ class RanncConfig:
                 f"but stages={self.stages}"
             )
         if self.plan is not None:
-            fixed = ("stages", "replicas", "microbatches", "schedule", "recompute", "shard", "memory_limit_gib")
-            clash = [name for name in fixed if getattr(self, name) != "auto"]
+            clash = [name for name in _PLANNING if getattr(self, name) != "auto"]
             if clash:
                 raise ValueError(
                     f"rannc config: plan={self.plan!r} already decides {', '.join(clash)}; "

@@ -18,6 +18,7 @@ FULL = {
     "schedule": "gpipe",
     "recompute": "blocks",
     "shard": "optimizer",
+    "costs": "measured",
     "memory_limit_gib": 12.5,
     "compile": False,
     "plan_output": "plan.json",
@@ -104,6 +105,8 @@ def test_unknown_key_names_it_and_the_closest():
         ("schedule", "zero-bubble"),
         ("schedule", None),
         ("recompute", True),
+        ("costs", "guessed"),
+        ("costs", None),
         ("memory_limit_gib", -1),
         ("memory_limit_gib", "16"),
         ("timeout_s", 0),
@@ -125,6 +128,8 @@ def test_options_that_contradict_each_other():
         RanncConfig(stages=3, replicas=(1, 3))
     with pytest.raises(ValueError, match="already decides stages, schedule"):
         RanncConfig(plan="plan.json", stages=2, schedule="gpipe")
+    with pytest.raises(ValueError, match="already decides costs; leave it out"):
+        RanncConfig(plan="plan.json", costs="analytic")
 
 
 def test_files_that_cannot_be_used(tmp_path):

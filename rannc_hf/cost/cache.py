@@ -81,7 +81,7 @@ class CostCache:
         return self.directory / file_name(header.device) / f"{header.kind}-{file_name(header.block)}.json"
 
     def load(self, header: Header, max_samples: int) -> tuple[BlockCost, ...]:
-        """The costs stored for exactly `header`, taken at up to `max_samples` samples or more.
+        """The costs stored for exactly `header`, at all powers of two up to `max_samples` that could be measured.
 
         Raises:
             FileNotFoundError: where there is no entry.
@@ -139,10 +139,12 @@ def _read(text: str, header: Header, max_samples: int, path: Path) -> tuple[Bloc
     for field, expected in asdict(header).items():
         if data.get(field) != expected:
             raise ValueError(f"{path} was made for another {field}: found {data.get(field)!r}, expected {expected!r}")
-    most = data.get("max_samples")
-    if not isinstance(most, int) or most < max_samples:
-        raise ValueError(f"{path} covers another max_samples: found {most!r}, expected at least {max_samples}")
     try:
-        return read_points(data.get("points"))
+        points = read_points(data.get("points"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    most, following = data.get("max_samples"), 2 * points[-1].samples
+    # Measuring may have stopped before, because the block took long or did not fit; it would stop there again.
+    if following <= max_samples and not (isinstance(most, int) and following <= most):
+        raise ValueError(f"{path} was made for another max_samples: found {most!r}, expected at least {max_samples}")
+    return points

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class RanncModel(nn.Module):
         self.config, self.device, self.compute_dtype = config, device, compute_dtype
         self.transport = transport if transport is not None else _default_transport(config, device)
         self.plan: Plan | None = None
-        self._planner = planner or self._find_plan
+        self._planner = planner
         self._on_plan = on_plan
         self.graph: Graph | None = None
         self.store: ParameterStore | None = None
@@ -131,7 +132,8 @@ class RanncModel(nn.Module):
 
     def _partition(self, batch: GlobalBatch) -> None:
         graph = capture_agreed(self.transport, self.module, batch.fields, self.compute_dtype, training=True)
-        plan = plan_agreed(self.transport, graph, self.config, batch.samples, self._planner)
+        planner = self._planner or partial(self._find_plan, unpadded=batch.unpadded)
+        plan = plan_agreed(self.transport, graph, self.config, batch.samples, planner)
         self.store = ParameterStore(self.module, graph, plan, self.transport, self.device, self.compute_dtype)
         state.move_buffers(self.module, self.transport, self.device)
         state.guard_state_dict(self.module)
@@ -141,10 +143,10 @@ class RanncModel(nn.Module):
         if self._on_plan is not None and self.transport.rank == 0:
             self._on_plan(plan, graph)
 
-    def _find_plan(self, graph: Graph, batch_size: int) -> Plan:
+    def _find_plan(self, graph: Graph, batch_size: int, unpadded: frozenset[str]) -> Plan:
         if self.config.plan is not None:
             return Plan.load(self.config.plan)
-        return find_plan_here(graph, self.config, batch_size, self.device, self.transport.world_size)
+        return find_plan_here(graph, self.config, batch_size, self.device, self.transport.world_size, unpadded)
 
     def _runtime(self, batch: GlobalBatch) -> Runtime:
         key = (self.training, describe_shapes(batch))

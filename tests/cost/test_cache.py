@@ -91,22 +91,31 @@ def test_entries_are_for_people_too(cache):
         ("cuda", "12.0"),
         ("driver", "535"),
         ("cost_model", "older"),
-        ("max_samples", 2),
     ],
 )
 def test_a_foreign_entry_is_refused_by_field_and_measured_again(cache, log, field, value):
     header, path = stored(cache)
-    expected = dataclasses.asdict(header).get(field)
+    expected = getattr(header, field)
     edit(path, **{field: value})
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))} .* another {field}: found {value!r}, expected") as e:
         cache.load(header, 4)
-    assert repr(expected) in str(e.value) or field == "max_samples"
+    assert repr(expected) in str(e.value)
     assert not log
     _, hits = cache.measured(GRAPH, DEVICES["CPU"], CPU, 4)
     assert hits == Hits(2, 1)
     (record,) = log
     assert field in record and "layer.0 is measured again" in record
     assert cache.measured(GRAPH, DEVICES["CPU"], CPU, 4)[1] == Hits(3, 0)
+
+
+def test_an_entry_covers_what_could_be_measured(cache):
+    header, path = stored(cache)
+    assert len(cache.load(header, 7)) == 3
+    with pytest.raises(ValueError, match="another max_samples: found 4, expected at least 8"):
+        cache.load(header, 8)
+    # Measuring was allowed to go on, and stopped.
+    edit(path, max_samples=8)
+    assert len(cache.load(header, 1000)) == 3
 
 
 @pytest.mark.parametrize(
