@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from rannc_hf import cli
 from rannc_hf.partition.plan import Plan
@@ -47,9 +50,100 @@ def test_json_and_plan_file(capsys, tmp_path):
     assert printed["step_time_s"] > 0 and printed["planning_time_s"] > 0
     assert all(s["peak_mem_bytes"] > 0 and s["forward_s"] > 0 for s in printed["stages"])
     assert all(r["reason"] and r["step_time_s"] > 0 for r in printed["runners_up"])
+    assert printed["costs"] == "analytic" and printed["versions"]["torch"] == torch.__version__
+    assert printed["shard"] == [s["shard"] for s in printed["stages"]]
+    assert sorted(r for s in printed["stages"] for r in s["ranks"]) == [0, 1, 2, 3]
     plan = Plan.load(path)
     assert [list(s.ranks) for s in plan.stages] == [s["ranks"] for s in printed["stages"]]
     assert plan.step_time_us == pytest.approx(printed["step_time_s"] * 1e6)
+
+
+def printed(capsys, *options, **changes):
+    assert cli.main([*plan_arguments(**changes), "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANNC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def comparable(data):
+    return {k: v for k, v in data.items() if k not in ("cache", "planning_time_s")}
+
+
+def test_a_captured_model_is_kept(capsys, empty_cache, monkeypatch):
+    first = printed(capsys)
+    assert first["cache"] == {"graph": "miss", "costs": {"found": 0, "made": 0}}
+    with monkeypatch.context() as patch:
+        patch.setattr("rannc_hf.cli.model.build_model", None)
+        second = printed(capsys)
+        assert second["cache"]["graph"] == "hit" and comparable(second) == comparable(first)
+        assert printed(capsys, cluster="2xCPU,memory=4")["cache"]["graph"] == "hit", "it depends on the model alone"
+    assert printed(capsys, **{"seq-length": "8"})["cache"]["graph"] == "miss"
+    assert printed(capsys, set=[*SMALL, "type_vocab_size=3"])["cache"]["graph"] == "miss"
+    assert printed(capsys, "--dtype", "bf16")["cache"]["graph"] == "miss"
+    assert printed(capsys, task="masked-lm")["cache"]["graph"] == "miss"
+    assert len(list((empty_cache / "graphs").iterdir())) == 5
+
+
+def test_without_the_cache(capsys, empty_cache):
+    assert printed(capsys, "--no-cache", "--costs", "measured")["cache"]["graph"] == "off"
+    assert not empty_cache.exists()
+
+
+@pytest.mark.parametrize("spoil", ["other version", "other code", "damaged"])
+def test_a_stale_graph_is_captured_again(capsys, empty_cache, monkeypatch, spoil):
+    first = printed(capsys)
+    (file,) = (empty_cache / "graphs").iterdir()
+    with monkeypatch.context() as patch:
+        if spoil == "damaged":
+            file.write_bytes(file.read_bytes()[:100])
+        elif spoil == "other code":
+            patch.setattr("rannc_hf.cli.model.sources_hash", lambda parts: "other")
+        else:
+            patch.setattr("rannc_hf.cli.model.versions", lambda: {"torch": "1.0", "transformers": "1.0"})
+        again = printed(capsys)
+        assert again["cache"]["graph"] == "miss"
+        assert comparable(again) | {"versions": 0} == comparable(first) | {"versions": 0}
+        assert printed(capsys)["cache"]["graph"] == "hit"
+    assert len(list((empty_cache / "graphs").iterdir())) == 1
+
+
+def test_an_edited_configuration_is_another_model(capsys, empty_cache, tmp_path):
+    file = tmp_path / "config.json"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    seen = []
+    for vocabulary in (64, 64, 80):
+        file.write_text(json.dumps({"model_type": "bert", "vocab_size": vocabulary, **sizes}))
+        seen.append(printed(capsys, model=str(tmp_path), set=None))
+    assert [data["cache"]["graph"] for data in seen] == ["miss", "hit", "miss"]
+    assert seen[0]["parameters"] == seen[1]["parameters"] < seen[2]["parameters"]
+
+
+def test_measured_costs(capsys, empty_cache):
+    first = printed(capsys, "--costs", "measured", cluster="2xhere")
+    unique = first["cache"]["costs"]["made"]
+    assert first["costs"] == "measured" and unique >= 3 and first["cache"]["costs"]["found"] == 0
+    second = printed(capsys, rannc='{"costs": "measured"}', cluster="2xhere")
+    assert second["cache"] == {"graph": "hit", "costs": {"found": unique, "made": 0}}
+    assert comparable(second) == comparable(first)
+    assert printed(capsys)["costs"] == "analytic"
+    assert "costs cannot be measured for H200: this machine's device is" in refused(
+        capsys, [*plan_arguments(cluster="2xH200"), "--costs", "measured"]
+    )
+
+
+def test_a_warm_cache_spares_the_model_code(capsys, empty_cache):
+    cold = printed(capsys)
+    script = (
+        f"import sys; from rannc_hf import cli; assert cli.main({[*plan_arguments(), '--json']!r}) == 0; "
+        "assert not {'transformers', 'torch._dynamo'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert comparable(json.loads(done.stdout)) == comparable(cold)
 
 
 def test_table(capsys):

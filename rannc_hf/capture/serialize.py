@@ -33,11 +33,12 @@ def save_graph(graph: Graph, path: Path, key: Mapping[str, Any]) -> bool:
 
     Raises ValueError for a graph with something in it that has no place in a file.
     """
-    from safetensors.torch import save_file
+    from safetensors import torch as files
 
     constants = {name: t.detach().cpu().contiguous().clone() for name, t in graph.constants.items()}
     header = {"format": _FORMAT, "key": json.dumps(key), "graph": json.dumps(_pack(graph))}
-    return write(path, lambda partial: save_file(constants, partial, header))
+    content = files.save(constants, header)
+    return write(path, lambda partial: partial.write_bytes(content))
 
 
 def load_graph(path: Path, key: Mapping[str, Any], *, outputs: bool = True) -> Graph:

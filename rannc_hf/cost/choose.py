@@ -12,6 +12,7 @@ from rannc_hf.capture.passes.masks import unmask
 from rannc_hf.cost.analytic import analytic_costs
 from rannc_hf.cost.cache import CostCache, Hits
 from rannc_hf.cost.devices import Device
+from rannc_hf.cost.measure import measured_costs
 from rannc_hf.cost.table import CostTable
 
 
@@ -34,13 +35,19 @@ def costs_of(
     where: torch.device,
     batch_size: int,
     kind: Literal["auto", "measured", "analytic"],
+    *,
+    cached: bool = True,
 ) -> tuple[CostTable, Hits]:
     """Costs of `graph` for up to `batch_size` samples on `where`, which `device` describes.
 
-    `kind` "auto" measures on CUDA, where times depend on kernels more than on FLOPs, and computes on a CPU.
+    `kind` "auto" measures on CUDA, where times depend on kernels more than on FLOPs, and computes on a CPU. `cached`:
+    whether measured costs are taken from disk and kept there.
 
     Raises ValueError where a block does not fit on the device with a single sample.
     """
     if kind == "measured" or (kind == "auto" and where.type == "cuda"):
+        if not cached:
+            made = measured_costs(graph, device, where, batch_size)
+            return made, Hits(0, len(made.points))
         return CostCache().measured(graph, device, where, batch_size)
     return analytic_costs(graph, device, batch_size), Hits()

@@ -34,15 +34,15 @@ class Machine:
         return ""
 
 
-def present(where: torch.device) -> Machine:
-    """The machine that `where` is a device of."""
+def present(where: torch.device, threads: int | None = None) -> Machine:
+    """The machine that `where` is a device of; a CPU with `threads` (None: those of this process)."""
     if where.type == "cuda":
         properties = torch.cuda.get_device_properties(where)
         return Machine(
             properties.name, properties.total_memory, torch.__version__, str(torch.version.cuda or ""), _driver()
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    threads = torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
     name = f"{_processor()}, {threads} {'thread' if threads == 1 else 'threads'}"
     return Machine(name, memory, torch.__version__, "", "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -76,6 +77,20 @@ def build_model(spec: str, task: str, overrides: Mapping[str, Any] | None = None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"cannot build {spec} for task {task}: {reason}") from error
     return model.train()
+
+
+def identity(spec: str) -> str:
+    """What tells the model `spec` apart from others: its name where it is built in, else its configuration's hash.
+
+    Raises ValueError for an unknown model.
+    """
+    if spec in MODELS:
+        return spec
+    path = Path(spec).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    # Transformers is not imported where a file says it all.
+    text = file.read_text(encoding="utf-8") if file.is_file() else _config(spec).to_json_string(use_diff=False)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def example_batch(model: nn.Module, task: str, samples: int, seq_length: int) -> dict[str, torch.Tensor]:

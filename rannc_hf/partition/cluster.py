@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, replace
 
 import torch
 
-from rannc_hf.cost.devices import DEVICES, GIB, Device, Link, device, ethernet, infiniband, present_gpu
+from rannc_hf.cost.devices import GIB, Device, Link, device, ethernet, infiniband
+from rannc_hf.cost.stored import present_device
 
-_FORM = "NODESxDEVICESxDEVICE[,option=value], e.g. 4x8xV100-32GB,ib=100 or 2xH200 or 4xCPU"
+_FORM = "NODESxDEVICESxDEVICE[,option=value], e.g. 4x8xV100-32GB,ib=100 or 2xH200 or 4xCPU or 8xhere"
 _OPTIONS = {
     "ib": "InfiniBand between nodes, Gbit/s a node",
     "eth": "Ethernet between nodes, Gbit/s a node",
@@ -50,6 +50,8 @@ class Cluster:
     def parse(cls, text: str) -> Cluster:
         """A cluster from `4x8xV100-32GB,ib=100` (nodes, devices a node, device), `2xH200` or `H200`.
 
+        The device `here` is this machine's, with the figures `rannc doctor` measured on it: `4x8xhere`.
+
         Raises ValueError that says what is wrong and shows the form.
         """
         shape, *options = (part.strip() for part in text.split(","))
@@ -60,7 +62,7 @@ class Cluster:
         nodes, per_node = (int(first), int(second)) if second else (1, int(first or 1))
         if nodes < 1 or per_node < 1:
             raise ValueError(f"cluster {text!r} has no devices; the form is {_FORM}")
-        found = device(name)
+        found = device(name) if name != "here" else present_device(_here(), per_node)
         cluster = cls(nodes, per_node, found, found.intra, found.inter)
         for option in options:
             cluster = cluster._with_option(option, text)
@@ -93,12 +95,7 @@ class Cluster:
             raise ValueError(
                 f"{world_size} processes with {local_world_size} on this node: all nodes must run equally many"
             )
-        if device_type == "cuda":
-            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-            found = present_gpu(properties.name, properties.total_memory)
-        else:
-            host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            found = replace(DEVICES["CPU"], memory_bytes=host // local_world_size)
+        found = present_device(device_type, local_world_size)
         return cls(world_size // local_world_size, local_world_size, found, found.intra, found.inter)
 
     def __str__(self) -> str:
@@ -106,3 +103,7 @@ class Cluster:
         between = f", {self.inter.name} between nodes" if self.nodes > 1 else ""
         within = f", {self.intra.name}" if self.devices_per_node > 1 else ""
         return f"{nodes}{self.devices_per_node} x {self.device}{within}{between}"
+
+
+def _here() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -38,7 +38,7 @@ def plan(tmp_path):
 def captured(monkeypatch):
     """What the model's graph was asked for with; the graph is the one of the plan."""
     seen: list[SimpleNamespace] = []
-    monkeypatch.setattr(cli, "_capture", lambda args: seen.append(args) or GRAPH)
+    monkeypatch.setattr("rannc_hf.cli.report._graph", lambda args: seen.append(args) or GRAPH)
     return seen
 
 

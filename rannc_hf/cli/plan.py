@@ -1,0 +1,147 @@
+"""`rannc plan`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from rannc_hf.capture.graph import Graph
+from rannc_hf.cli.model import Captured, add_model_options, unpadded_graph, versions
+from rannc_hf.config import RanncConfig
+from rannc_hf.cost.cache import Hits
+from rannc_hf.cost.choose import costs_of
+from rannc_hf.cost.table import CostTable
+from rannc_hf.partition.cluster import Cluster
+from rannc_hf.partition.plan import Plan
+from rannc_hf.partition.search import find_plan
+from rannc_hf.report.console import parameter_count, print_plan
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A plan, what it was made from, and how long that took."""
+
+    plan: Plan
+    captured: Captured
+    costs: CostTable
+    hits: Hits
+    seconds: float
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Make a plan; print it, write it."""
+    args = _parser().parse_args(arguments)
+    started = time.perf_counter()
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
+    planned = _make(args, started)
+    if args.output:
+        planned.plan.save(args.output)
+    if args.json:
+        print(json.dumps(_as_json(planned, args), indent=2))
+    else:
+        print_plan(planned.plan, planned.captured.graph)
+        written = f", written to {args.output}" if args.output else ""
+        print(f"planned in {planned.seconds:.1f} s with {planned.costs.source} costs{written}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rannc plan",
+        description="Plan the training of a model on a cluster. Needs neither the devices nor the weights. Batches are "
+        "taken to have no padding, so that attention runs without masks.",
+    )
+    add_model_options(parser, required=True)
+    add = parser.add_argument
+    add("--batch-size", type=int, required=True, help="samples of the global batch")
+    add("--rannc", metavar="OPTIONS", help="options of RaNNC: a YAML or JSON file, or JSON")
+    add(
+        "--costs",
+        choices=["analytic", "measured"],
+        help="times of blocks: from what the device can do (default), or measured on the device of this machine, which "
+        "must be the cluster's",
+    )
+    add("--json", action="store_true", help="print JSON")
+    add("--output", metavar="FILE", help="write the plan to train with")
+    return parser
+
+
+def _make(args: argparse.Namespace, started: float) -> _Planned:
+    cluster = Cluster.parse(args.cluster)
+    config = RanncConfig.load(args.rannc or "auto")
+    if config.plan is not None:
+        raise ValueError("--rannc: `plan` is for training; here a plan is made")
+    kind = args.costs or config.costs
+    captured = unpadded_graph(args)
+    # "auto" measures where training runs; here the devices need not exist.
+    costs, hits = _costs(captured.graph, cluster, args, "measured" if kind == "measured" else "analytic")
+    plan = find_plan(captured.graph, costs, cluster, args.batch_size, config)
+    return _Planned(plan, captured, costs, hits, time.perf_counter() - started)
+
+
+def _costs(
+    graph: Graph, cluster: Cluster, args: argparse.Namespace, kind: Literal["measured", "analytic"]
+) -> tuple[CostTable, Hits]:
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "measured":
+        here = Cluster.here(1, 1, where.type).device
+        if here.name != cluster.device.name:
+            raise ValueError(
+                f"costs cannot be measured for {cluster.device.name}: this machine's device is {here.name}; give "
+                "--costs analytic, or a cluster of devices like this one (--cluster 8xhere)"
+            )
+    return costs_of(graph, cluster.device, where, args.batch_size, kind, cached=not args.no_cache)
+
+
+def _as_json(planned: _Planned, args: argparse.Namespace) -> dict[str, Any]:
+    plan, graph = planned.plan, planned.captured.graph
+    stages = [
+        {
+            "first_block": s.first_block,
+            "last_block": s.last_block,
+            "modules": [graph.blocks[s.first_block].name, graph.blocks[s.last_block].name],
+            "parameters": parameter_count(s, graph),
+            "replicas": s.replicas,
+            "ranks": list(s.ranks),
+            "recompute": s.recompute,
+            "shard": s.shard,
+            "forward_s": s.predicted_forward_us / 1e6,
+            "backward_s": s.predicted_backward_us / 1e6,
+            "peak_mem_bytes": s.predicted_memory_bytes,
+        }
+        for s in plan.stages
+    ]
+    runners_up = []
+    for r in plan.runners_up:
+        values = dataclasses.asdict(r)
+        runners_up.append({"step_time_s": values.pop("step_time_us") / 1e6, **values})
+    return {
+        "model": args.model,
+        "task": args.task,
+        "cluster": args.cluster,
+        "batch_size": plan.batch_size,
+        "seq_length": args.seq_length,
+        "parameters": sum(p.numel for p in graph.parameters.values()),
+        "stages": stages,
+        "replicas": [s.replicas for s in plan.stages],
+        "microbatches": plan.microbatches,
+        "schedule": plan.schedule,
+        "recompute": [s.recompute for s in plan.stages],
+        "shard": [s.shard for s in plan.stages],
+        "step_time_s": plan.step_time_us / 1e6,
+        "samples_per_s": plan.batch_size / (plan.step_time_us / 1e6),
+        "planning_time_s": planned.seconds,
+        "costs": planned.costs.source,
+        "cache": {"graph": planned.captured.cache, "costs": dataclasses.asdict(planned.hits)},
+        "versions": versions(),
+        "why": plan.why,
+        "runners_up": runners_up,
+    }
