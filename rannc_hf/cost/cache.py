@@ -26,12 +26,6 @@ from rannc_hf.cost.table import BlockCost, CostTable, points_text, read_points
 
 logger = logging.getLogger(__name__)
 
-_MODEL = (
-    *(f"cost/{name}.py" for name in ("analytic", "measure", "memory", "ops", "table")),
-    *(f"capture/{name}.py" for name in ("blocks", "instantiate")),
-)
-"""The code that costs depend on."""
-
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -61,7 +55,7 @@ class Hits:
 @cache
 def cost_model() -> str:
     """The version of the code that costs depend on."""
-    return sources_hash(_MODEL)
+    return sources_hash(("capture", "cost"))
 
 
 def header_of(graph: Graph, block: Block, kind: str, machine: Machine) -> Header:

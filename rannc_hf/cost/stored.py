@@ -93,15 +93,22 @@ def present_device(kind: str, ranks_per_node: int) -> Device:
     The table's entry with the figures that `rannc doctor` has measured on it. Figures of another driver or PyTorch are
     not used; a log line says so, once. The ranks of a node share the memory of its CPU.
     """
-    where = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
     # Launchers of several processes a node give each one thread, unless told otherwise.
     alone = ranks_per_node == 1 or "OMP_NUM_THREADS" in os.environ
-    machine = present(where) if alone else present(where, threads=1)
+    machine = present(_current(kind), None if alone else 1)
+    return with_figures(table_device(kind, ranks_per_node), _figures_once(machine, cache_directory()))
+
+
+def table_device(kind: str, ranks_per_node: int) -> Device:
+    """The table's entry for the device of this process, with the memory it has."""
+    machine = present(_current(kind))
     if kind == "cuda":
-        device = present_gpu(machine.device, machine.memory_bytes)
-    else:
-        device = replace(DEVICES["CPU"], memory_bytes=machine.memory_bytes // ranks_per_node)
-    return with_figures(device, _figures_once(machine, cache_directory()))
+        return present_gpu(machine.device, machine.memory_bytes)
+    return replace(DEVICES["CPU"], memory_bytes=machine.memory_bytes // ranks_per_node)
+
+
+def _current(kind: str) -> torch.device:
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
 
 
 @cache
