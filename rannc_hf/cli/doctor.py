@@ -34,8 +34,8 @@ def run(arguments: Sequence[str]) -> int:
         return _as_rank(args.timeout, command)
     count = args.processes if args.processes is not None else max(1, _gpus())
     if count < 1 or 0 < _gpus() < count:
-        most = f"at most {_gpus()}, the GPUs of this machine" if _gpus() else "at least 1"
-        raise ValueError(f"--processes must be {most}, not {count}")
+        possible = f"between 1 and {_gpus()}, the GPUs of this machine" if _gpus() else "at least 1"
+        raise ValueError(f"--processes must be {possible}, not {count}")
     if count > 1:
         return _start(count, args.timeout)
     _measure_and_report(_place(), 1, 1, command)
