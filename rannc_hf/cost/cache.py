@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -33,7 +33,7 @@ class Header:
 
     block: str
     kind: str
-    """"measured" or "analytic"."""
+    """"measured", or "compiled-N": at N samples, of blocks that `torch.compile` made."""
     dtype: str
     device: str
     memory_bytes: int
@@ -98,14 +98,34 @@ class CostCache:
         write(self.path(header), lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def measured(self, graph: Graph, device: Device, where: torch.device, max_samples: int) -> tuple[CostTable, Hits]:
-        """Costs as `measured_costs` gives them; blocks are measured that have no entry, or one that cannot be used.
+        """Costs as `measured_costs` gives them at powers of two; blocks without an entry that can be used are measured.
 
         Raises ValueError where a block does not fit with a single sample.
         """
+        return self._costs(
+            graph, where, "measured", max_samples, lambda part: measured_costs(part, device, where, max_samples)
+        )
+
+    def compiled(self, graph: Graph, device: Device, where: torch.device, samples: int) -> tuple[CostTable, Hits]:
+        """Costs of compiled blocks at `samples` samples.
+
+        Raises ValueError where a block does not fit.
+        """
+        return self._costs(
+            graph,
+            where,
+            f"compiled-{samples}",
+            samples,
+            lambda part: measured_costs(part, device, where, [samples], compiled=True),
+        )
+
+    def _costs(
+        self, graph: Graph, where: torch.device, kind: str, max_samples: int, measure: Callable[[Graph], CostTable]
+    ) -> tuple[CostTable, Hits]:
         unique = {block.key: block for block in reversed(graph.blocks)}
         blocks = sorted(unique.values(), key=lambda b: b.index)
         machine = present(where)
-        headers = {b.key: header_of(graph, b, "measured", machine) for b in blocks}
+        headers = {b.key: header_of(graph, b, kind, machine) for b in blocks}
         found: dict[str, tuple[BlockCost, ...]] = {}
         for block in blocks:
             try:
@@ -115,7 +135,7 @@ class CostCache:
             except ValueError as error:
                 logger.warning("rannc cache: block %s is measured again: %s", block.name, error)
         missing = tuple(b for b in blocks if b.key not in found)
-        made = measured_costs(replace(graph, blocks=missing), device, where, max_samples)
+        made = measure(replace(graph, blocks=missing))
         for block in missing:
             self.save(headers[block.key], max_samples, block.name, made.points[block.key])
         points = {b.key: found.get(b.key) or made.points[b.key] for b in blocks}

@@ -2,31 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Literal
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
 from rannc_hf.capture.graph import Graph
+from rannc_hf.capture.instantiate import preamble_function
 from rannc_hf.capture.passes.masks import unmask
+from rannc_hf.capture.passes.sparse_head import SparseHead, sparse_head
 from rannc_hf.cost.analytic import analytic_costs
 from rannc_hf.cost.cache import CostCache, Hits
 from rannc_hf.cost.devices import Device
 from rannc_hf.cost.measure import measured_costs
-from rannc_hf.cost.table import CostTable
+from rannc_hf.cost.table import BlockCost, CostTable
 
 
-def graph_to_run(graph: Graph, unpadded: Collection[str]) -> Graph:
-    """The variant of `graph` that steps run whose batches have no padding in the attention masks `unpadded`.
+def graph_to_run(
+    graph: Graph, unpadded: Collection[str], labelled: Callable[[SparseHead], float] | None = None
+) -> Graph:
+    """The variant of `graph` that steps run.
 
-    It has the same blocks over the same parameters: a plan for one is a plan for the other.
+    `unpadded` are the attention masks that hide nothing in their batches; `labelled` tells the share of the rows of a
+    head that have a label, None where all do. The variant has the same blocks over the same parameters: a plan for one
+    is a plan for the other.
     """
+    found = graph
     variant = unmask(graph)
-    if variant is None or not set(variant.fields) <= set(unpadded):
-        return graph
-    assert variant.graph.structural_hash == graph.structural_hash
-    assert [b.parameters for b in variant.graph.blocks] == [b.parameters for b in graph.blocks]
-    return variant.graph
+    if variant is not None and set(variant.fields) <= set(unpadded):
+        found = variant.graph
+    head = sparse_head(found) if labelled is not None else None
+    if head is not None and labelled is not None:
+        rows = 1000 * head.rows
+        capacity = head.capacity(math.ceil(labelled(head) * rows), 1000)
+        found = found if capacity is None else head.variant(capacity)
+    assert found.structural_hash == graph.structural_hash
+    assert [b.parameters for b in found.blocks] == [b.parameters for b in graph.blocks]
+    return found
+
+
+def labelled_share(graph: Graph, batch: Mapping[str, torch.Tensor], head: SparseHead) -> float:
+    """The share of a head's rows that have a label in `batch`, fields of any number of samples on one device."""
+    fields = {field: placeholder for placeholder, field in graph.batch_inputs.items()}
+    samples, device = next((v.shape[0], v.device) for v in batch.values())
+    function, inputs = preamble_function(head.graph, (head.target,), samples, device)
+    known = {fields[f]: v for f, v in batch.items() if f in fields}
+    known |= {name: value.to(device) for name, value in graph.constants.items()}
+    if not all(name in known for name in inputs):
+        return 1.0
+    (target,) = function(*[known[name] for name in inputs])
+    return float(head.labelled(target)) / max(1, target.numel())
+
+
+def compiled_costs(
+    costs: CostTable, graph: Graph, where: torch.device, samples: Collection[int], *, cached: bool = True
+) -> CostTable:
+    """`costs` as they are for blocks that `torch.compile` has made.
+
+    Compiling takes seconds a block and size, so that they are measured at `samples` only; at other sizes each of a
+    block's costs is taken to change by the same factor as at the nearest of these.
+    """
+    points = {key: list(old) for key, old in costs.points.items()}
+    for size in sorted(samples):
+        if cached:
+            made, _ = CostCache().compiled(graph, costs.device, where, size)
+        else:
+            made = measured_costs(graph, costs.device, where, [size], compiled=True)
+        for key, (new,) in made.points.items():
+            near = [p for p in costs.points[key] if _nearest(p.samples, samples) == size]
+            old = costs.of_key(key, size)
+            kept = [p for p in points[key] if p.samples != size and p not in near]
+            scaled = [_scaled(p, old, new) for p in near if p.samples != size]
+            points[key] = sorted([*kept, *scaled, new], key=lambda p: p.samples)
+    return replace(costs, points={key: tuple(new) for key, new in points.items()})
+
+
+def _nearest(size: int, samples: Collection[int]) -> int:
+    return min(samples, key=lambda s: (abs(math.log(s / size)), s))
+
+
+def _scaled(point: BlockCost, old: BlockCost, new: BlockCost) -> BlockCost:
+    """`point` with each cost changed by its factor from `old` to `new`."""
+    changed: dict[str, Any] = {}
+    for field in ("forward_us", "backward_us", "saved_bytes", "output_bytes", "workspace_bytes"):
+        before, after = getattr(old, field), getattr(new, field)
+        value = getattr(point, field) * (after / before if before else 1.0)
+        changed[field] = value if field.endswith("us") else round(value)
+    return replace(point, **changed)
 
 
 def costs_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,38 +28,41 @@ _ENOUGH_US = 2e5
 
 
 def measured_costs(
-    graph: Graph, device: Device, where: torch.device, max_samples: int, compiled: bool = False
+    graph: Graph, device: Device, where: torch.device, samples: int | Collection[int], compiled: bool = False
 ) -> CostTable:
-    """Costs of the unique blocks of `graph` on `where`, at powers of two up to `max_samples` samples.
+    """Costs of the unique blocks of `graph` on `where`.
 
-    `device` describes `where` for the planner. Times are those of the engine's own calls: seeded random numbers, and
-    gradients added to sums in the masters' precision. Memory is what the allocator counted on CUDA, and follows from
-    the graph on a CPU. A block that does not fit with so many samples, or takes long, is measured with fewer.
-    `compiled` measures blocks as `torch.compile` makes them.
+    `device` describes `where` for the planner. `samples` are the numbers of samples to measure at; one number stands
+    for the powers of two up to it. Times are those of the engine's own calls: seeded random numbers, and gradients
+    added to sums in the masters' precision. Memory is what the allocator counted on CUDA, and follows from the graph on
+    a CPU. A block that does not fit with so many samples, or takes long, is measured with fewer. `compiled` measures
+    blocks as `torch.compile` makes them.
 
-    Raises ValueError where a block does not fit with a single sample.
+    Raises ValueError where a block does not fit with the least number of samples.
     """
+    sizes = [2**i for i in range(samples.bit_length())] if isinstance(samples, int) else sorted(samples)
     points: dict[str, tuple[BlockCost, ...]] = {}
     names: dict[str, str] = {}
     for block in graph.blocks:
         if block.key not in points:
-            points[block.key] = _measure(graph, block, device, where, max_samples, compiled)
+            points[block.key] = _measure(graph, block, device, where, sizes, compiled)
             names[block.key] = block.name
     return CostTable(device, main_dtype(graph), points, names, "measured")
 
 
 def _measure(
-    graph: Graph, block: Block, device: Device, where: torch.device, max_samples: int, compiled: bool
+    graph: Graph, block: Block, device: Device, where: torch.device, sizes: Collection[int], compiled: bool
 ) -> tuple[BlockCost, ...]:
     points: list[BlockCost] = []
-    samples, slow = 1, 0
-    while samples <= max_samples and slow < 2:
+    slow = 0
+    for samples in sizes:
         try:
             point = _point(graph, block, samples, device, where, compiled)
         except torch.OutOfMemoryError:
             if not points:
                 raise ValueError(
-                    f"block {block.index} ({block.name}) does not fit on {where} with one sample"
+                    f"block {block.index} ({block.name}) does not fit on {where} with {samples} sample"
+                    f"{'s' * (samples > 1)}"
                 ) from None
             break
         finally:
@@ -67,7 +70,8 @@ def _measure(
                 torch.cuda.empty_cache()
         points.append(point)
         slow += point.forward_us + point.backward_us > _ENOUGH_US
-        samples *= 2
+        if slow == 2:
+            break
     return tuple(points)
 
 

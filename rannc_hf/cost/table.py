@@ -81,13 +81,17 @@ class CostTable:
         Between two points a straight line; above the last one the line through the last two, below the first one the
         first. Raises ValueError for a block that is not in the table.
         """
-        assert samples >= 1, samples
-        points = self.points.get(block.key)
-        if not points:
+        if not self.points.get(block.key):
             raise ValueError(
                 f"block {block.index} ({block.name}) is not in this cost table: it was made for another model, batch "
                 "or precision; make it again"
             )
+        return self.of_key(block.key, samples)
+
+    def of_key(self, key: str, samples: int) -> BlockCost:
+        """`of` for the blocks with a key that is in the table."""
+        assert samples >= 1, samples
+        points = self.points[key]
         right = bisect.bisect_left(points, samples, key=lambda p: p.samples)
         if right < len(points) and points[right].samples == samples:
             return points[right]

@@ -15,6 +15,8 @@ from rannc_hf.config import RanncConfig
 
 Tensors = Mapping[str, torch.Tensor]
 BlockFunction = Callable[..., tuple[torch.Tensor, ...]]
+COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
+"""What `torch.compile` raises where it cannot compile a function."""
 
 
 @dataclass
@@ -22,7 +24,7 @@ class Compilation:
     """Which block functions are compiled. Shared by the variants of a graph.
 
     Compiling takes seconds a function, so that only what returns in every step is compiled: slices of the sizes that
-    the plan makes of a full batch, once a graph has served a step.
+    the plan makes of a full batch, at once for the shapes it was made for, and after a step for others.
     """
 
     samples: Collection[int] = ()
@@ -88,17 +90,17 @@ class _Tried:
             return self._compiled(*arguments)
         except torch.OutOfMemoryError:
             raise
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        except COMPILER_ERRORS as error:
             self._failed = True
             warnings.warn(
-                f"{self._what} runs uncompiled, because it cannot be compiled here: {_reason(error)}. "
+                f"{self._what} runs uncompiled, because it cannot be compiled here: {reason_of(error)}. "
                 "Set `compile: false` to leave it at that, `compile: true` to make it an error",
                 stacklevel=2,
             )
             return self._plain(*arguments)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What the compiler's error goes back to, in a line."""
     inner = getattr(error, "inner_exception", None) or error
     return f"{type(inner).__name__}: {str(inner).strip()}".splitlines()[0]

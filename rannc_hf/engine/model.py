@@ -132,7 +132,7 @@ class RanncModel(nn.Module):
 
     def _partition(self, batch: GlobalBatch) -> None:
         graph = capture_agreed(self.transport, self.module, batch.fields, self.compute_dtype, training=True)
-        planner = self._planner or partial(self._find_plan, unpadded=batch.unpadded)
+        planner = self._planner or partial(self._find_plan, batch=batch)
         plan = plan_agreed(self.transport, graph, self.config, batch.samples, planner)
         self.store = ParameterStore(self.module, graph, plan, self.transport, self.device, self.compute_dtype)
         state.move_buffers(self.module, self.transport, self.device)
@@ -143,10 +143,11 @@ class RanncModel(nn.Module):
         if self._on_plan is not None and self.transport.rank == 0:
             self._on_plan(plan, graph)
 
-    def _find_plan(self, graph: Graph, batch_size: int, unpadded: frozenset[str]) -> Plan:
+    def _find_plan(self, graph: Graph, batch_size: int, batch: GlobalBatch) -> Plan:
+        assert batch_size == batch.samples
         if self.config.plan is not None:
             return Plan.load(self.config.plan)
-        return find_plan_here(graph, self.config, batch_size, self.device, self.transport.world_size, unpadded)
+        return find_plan_here(graph, self.config, batch, self.device, self.transport.world_size)
 
     def _runtime(self, batch: GlobalBatch) -> Runtime:
         key = (self.training, describe_shapes(batch))
@@ -160,7 +161,7 @@ class RanncModel(nn.Module):
             )
             program = place(graph, self.plan, self.graph)
             self._runtimes[key] = Runtime(
-                program, self.plan, self.module, self.store, self.transport, self.device, self.config
+                program, self.plan, self.module, self.store, self.transport, self.device, self.config, planned
             )
         return self._runtimes[key]
 

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Collection
+from functools import partial
 
 import torch
 
 from rannc_hf.capture import Graph
 from rannc_hf.config import RanncConfig
-from rannc_hf.cost.choose import costs_of, graph_to_run
+from rannc_hf.cost.choose import compiled_costs, costs_of, graph_to_run, labelled_share
+from rannc_hf.cost.table import CostTable
+from rannc_hf.engine.batch import GlobalBatch
+from rannc_hf.engine.functions import COMPILER_ERRORS, reason_of, wants_compiled
+from rannc_hf.engine.routes import nominal_slices
 from rannc_hf.partition.cluster import Cluster
 from rannc_hf.partition.plan import Plan
 from rannc_hf.partition.search import find_plan
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 3
+"""How often a plan is made again because compiling has changed what is best."""
 
 
 def find_plan_here(
     graph: Graph,
     config: RanncConfig,
-    batch_size: int,
+    batch: GlobalBatch,
     device: torch.device,
     world_size: int,
-    unpadded: Collection[str] = (),
 ) -> Plan:
-    """The best plan for training `graph` on `world_size` devices like `device`.
+    """The best plan for training `graph` with batches like `batch` on `world_size` devices like `device`.
 
-    `unpadded` names the attention masks that hide nothing in the batch that is planned for: steps without padding run
-    faster attention, so that is what costs are taken of.
+    Costs are taken of what the steps will run: without attention masks where the batch has no padding, the head on as
+    many rows as have a label, and compiled blocks where the engine compiles them.
 
     Raises:
         ValueError: when options of `config` cannot be met; `PlanError` when nothing fits into memory.
@@ -34,6 +43,29 @@ def find_plan_here(
     # Ranks that are threads of one process have no launcher that would set the variable for them.
     local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
     cluster = Cluster.here(world_size, local, device.type)
-    running = graph_to_run(graph, unpadded)
-    costs, _ = costs_of(running, cluster.device, device, batch_size, config.costs)
-    return find_plan(running, costs, cluster, batch_size, config)
+    tensors = {name: value for name, value in batch.fields.items() if isinstance(value, torch.Tensor)}
+    running = graph_to_run(graph, batch.unpadded, partial(labelled_share, graph, tensors))
+    costs, _ = costs_of(running, cluster.device, device, batch.samples, config.costs)
+    plan = find_plan(running, costs, cluster, batch.samples, config)
+    if costs.source == "measured" and wants_compiled(config, device):
+        return _with_compiled_costs(plan, running, costs, cluster, config, device)
+    return plan
+
+
+def _with_compiled_costs(
+    plan: Plan, graph: Graph, costs: CostTable, cluster: Cluster, config: RanncConfig, device: torch.device
+) -> Plan:
+    """The best plan by the costs of compiled blocks, which are measured only at the sizes that plans have."""
+    sizes: set[int] = set()
+    for _ in range(_ROUNDS):
+        missing = {size for index in range(len(plan.stages)) for size in nominal_slices(plan, index)} - sizes
+        if not missing:
+            break
+        sizes |= missing
+        try:
+            compiled = compiled_costs(costs, graph, device, sizes)
+        except COMPILER_ERRORS as error:
+            logger.warning("rannc: planned with the costs of uncompiled blocks: %s", reason_of(error))
+            break
+        plan = find_plan(graph, compiled, cluster, plan.batch_size, config)
+    return plan

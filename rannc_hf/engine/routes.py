@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
+from rannc_hf.partition.plan import Plan
+
 
 class Transfer(NamedTuple):
     """Samples `start` to `stop` (exclusive, counted within the microbatch) from replica `source` to `destination`."""
@@ -78,3 +80,10 @@ def microbatch_sizes(samples: int, batch_size: int, microbatches: int, max_repli
     nominal = -(-batch_size // microbatches)
     count = min(-(-samples // nominal), samples // max_replicas)
     return [stop - start for start, stop in slices(samples, count)]
+
+
+def nominal_slices(plan: Plan, stage: int) -> frozenset[int]:
+    """Numbers of samples that replicas of a stage get from the microbatches of a full batch."""
+    replicas = plan.stages[stage].replicas
+    sizes = microbatch_sizes(plan.batch_size, plan.batch_size, plan.microbatches, max(s.replicas for s in plan.stages))
+    return frozenset(stop - start for size in sizes for start, stop in slices(size, replicas))

@@ -16,7 +16,7 @@ from rannc_hf.engine.functions import Compilation, Functions, wants_compiled
 from rannc_hf.engine.outputs import deliver, output_channels
 from rannc_hf.engine.parameters import ParameterStore
 from rannc_hf.engine.program import Program, StageProgram
-from rannc_hf.engine.routes import microbatch_sizes, slices
+from rannc_hf.engine.routes import microbatch_sizes, nominal_slices, slices
 from rannc_hf.engine.schedule import Action, lower, lower_forward, validate
 from rannc_hf.engine.stage import StageReplica
 from rannc_hf.engine.transport import Transport
@@ -25,7 +25,10 @@ from rannc_hf.partition.plan import Plan
 
 
 class Runtime:
-    """The executor of one placed graph, with what each of its steps needs. Making one is collective."""
+    """The executor of one placed graph, with what each of its steps needs. Making one is collective.
+
+    `planned`: whether it is the graph that the plan was made for.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class Runtime:
         transport: Transport,
         device: torch.device,
         config: RanncConfig,
+        planned: bool,
     ) -> None:
         self.program, self.plan, self.transport, self.device = program, plan, transport, device
         self.graph: Graph = program.graph
@@ -46,9 +50,9 @@ class Runtime:
         stage = self.executor.stage
         recompute = plan.stages[stage].recompute == "blocks"
 
-        self._compilation = Compilation(strict=config.compile is True)
+        self._compilation = Compilation(strict=config.compile is True, active=planned)
         if wants_compiled(config, device):
-            self._compilation.samples = _nominal_slices(plan, stage)
+            self._compilation.samples = nominal_slices(plan, stage)
         self.functions = Functions(self.graph, device, self._compilation)
 
         def replica(part: StageProgram, graph: Graph) -> StageReplica:
@@ -144,13 +148,6 @@ class Runtime:
             inputs[placeholder] = self._model.get_buffer(name)
         inputs.update(self._constants)
         return inputs, frozenset(p for p, f in self.graph.batch_inputs.items() if f in batch.batched)
-
-
-def _nominal_slices(plan: Plan, stage: int) -> frozenset[int]:
-    """Numbers of samples that replicas of a stage get from the microbatches of a full batch."""
-    replicas = plan.stages[stage].replicas
-    sizes = microbatch_sizes(plan.batch_size, plan.batch_size, plan.microbatches, max(s.replicas for s in plan.stages))
-    return frozenset(stop - start for size in sizes for start, stop in slices(size, replicas))
 
 
 def describe_shapes(batch: GlobalBatch) -> tuple[Sequence[object], ...]:

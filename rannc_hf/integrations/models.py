@@ -40,6 +40,9 @@ TASKS = {
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
 
+LABELLED = {"pretraining": 0.15, "masked-lm": 0.15}
+"""Share of the tokens that have a label (Devlin et al., "BERT", NAACL 2019), where not all have."""
+
 _FOLLOW = {
     "hidden_size": ("intermediate_size", "num_attention_heads", "num_key_value_heads", "d_ff"),
     "num_layers": ("num_decoder_layers",),

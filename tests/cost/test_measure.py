@@ -60,5 +60,5 @@ def test_what_does_not_fit(monkeypatch):
         return BlockCost(samples, 1.0, 2.0, 8, 8, 8)
 
     monkeypatch.setattr(measure, "_point", full)
-    with pytest.raises(ValueError, match=r"block 3 \(layer.3\) does not fit on cpu with one sample"):
+    with pytest.raises(ValueError, match=r"block 3 \(layer.3\) does not fit on cpu with 1 sample"):
         measured_costs(GRAPH, DEVICES["CPU"], CPU, 8)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rannc_hf.capture import capture
+from rannc_hf.capture.passes.sparse_head import sparse_head
 from rannc_hf.config import RanncConfig
-from rannc_hf.cost.choose import costs_of, graph_to_run
+from rannc_hf.cost.choose import compiled_costs, costs_of, graph_to_run, labelled_share
+from rannc_hf.cost.table import BlockCost, CostTable
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine import planning as module
+from rannc_hf.engine.batch import GlobalBatch
 from rannc_hf.engine.planning import find_plan_here
 from rannc_hf.engine.transport import LocalWorld
 from tests.parity.harness import CPU
@@ -19,6 +23,13 @@ from tests.parity.models import CASES
 
 CASE = CASES["bert"]
 BATCH = CASE.batch(8)
+
+
+def gathered(batch=BATCH, unpadded=()):
+    """A batch as the engine gathers it from two ranks."""
+    samples = next(iter(batch.values())).shape[0]
+    shards = (samples // 2, samples - samples // 2)
+    return GlobalBatch(dict(batch), frozenset(batch), shards, frozenset(unpadded), batch)
 
 
 @pytest.fixture(autouse=True)
@@ -33,19 +44,19 @@ def graph():
 
 
 def test_computed_costs_need_no_cache(graph, cache):
-    plan = find_plan_here(graph, RanncConfig(), 8, CPU, 2)
+    plan = find_plan_here(graph, RanncConfig(), gathered(), CPU, 2)
     plan.check(graph, 2)
     assert not cache.exists(), "a CPU is not measured unless asked to"
 
 
 def test_measured_costs_come_from_the_cache_the_second_time(graph, cache, monkeypatch):
     config = RanncConfig(costs="measured")
-    first = find_plan_here(graph, config, 8, CPU, 2, ("attention_mask",))
+    first = find_plan_here(graph, config, gathered(unpadded=["attention_mask"]), CPU, 2)
     entries = {p: json.loads(p.read_text()) for p in cache.rglob("*.json")}
-    running = graph_to_run(graph, ("attention_mask",))
+    running = graph_to_run(graph, ("attention_mask",), lambda head: labelled_share(graph, BATCH, head))
     assert {e["block"] for e in entries.values()} == {b.key for b in running.blocks}
     monkeypatch.setattr("rannc_hf.cost.measure.block_function", None)
-    second = find_plan_here(graph, config, 8, CPU, 2, ("attention_mask",))
+    second = find_plan_here(graph, config, gathered(unpadded=["attention_mask"]), CPU, 2)
     assert second == first and first.graph_hash == graph.structural_hash
     second.check(graph, 2)
 
@@ -67,9 +78,12 @@ def test_unpadded_batches_are_planned_without_masks(graph):
 def test_the_first_batch_says_whether_it_is_padded(monkeypatch, padded):
     seen = []
     original = module.find_plan_here
-    monkeypatch.setattr(
-        "rannc_hf.engine.model.find_plan_here", lambda *arguments: seen.append(arguments[-1]) or original(*arguments)
-    )
+
+    def spy(graph, config, batch, *rest):
+        seen.append(batch.unpadded)
+        return original(graph, config, batch, *rest)
+
+    monkeypatch.setattr("rannc_hf.engine.model.find_plan_here", spy)
     batch = BATCH if padded else {**BATCH, "attention_mask": torch.ones_like(BATCH["attention_mask"])}
 
     def body(transport):
@@ -78,3 +92,61 @@ def test_the_first_batch_says_whether_it_is_padded(monkeypatch, padded):
 
     LocalWorld(1).run(body)
     assert seen == [frozenset() if padded else frozenset({"attention_mask"})]
+
+
+def test_heads_are_planned_on_the_rows_that_have_a_label(graph):
+    labels = torch.full_like(BATCH["labels"], -100)
+    labels[:, 0] = 3
+    few = {**BATCH, "labels": labels}
+    head = sparse_head(graph)
+    assert head is not None and labelled_share(graph, few, head) == pytest.approx(1 / labels.shape[1])
+    running = graph_to_run(graph, (), lambda head: labelled_share(graph, few, head))
+    changed = [b.index for a, b in zip(graph.blocks, running.blocks) if a.key != b.key]
+    assert changed == [len(graph.blocks) - 1]
+    all_labelled = {**BATCH, "labels": torch.ones_like(labels)}
+    assert graph_to_run(graph, (), lambda head: labelled_share(graph, all_labelled, head)) is graph
+    find_plan_here(graph, RanncConfig(), gathered(few), CPU, 2).check(graph, 2)
+
+
+def point(samples: int, factor: float) -> BlockCost:
+    return BlockCost(samples, *(round(factor * samples * n) for n in (100, 200, 1000, 500, 300)))
+
+
+def test_costs_of_compiled_blocks_are_measured_at_the_sizes_of_the_plan(graph, monkeypatch):
+    measured = []
+
+    def made_up(part, device, where, samples, compiled=False):
+        assert compiled
+        measured.append(samples)
+        return CostTable(device, torch.float32, {b.key: (point(samples[0], 0.5),) for b in part.blocks}, {}, "measured")
+
+    monkeypatch.setattr("rannc_hf.cost.choose.measured_costs", made_up)
+    device = module.Cluster.here(1, 1, "cpu").device
+    keys = {b.key for b in graph.blocks}
+    points = {key: tuple(point(n, 1.0) for n in (1, 2, 4, 8)) for key in keys}
+    plain = CostTable(device, torch.float32, points, {}, "measured")
+    made = compiled_costs(plain, graph, CPU, [4, 3], cached=False)
+    assert measured == [[3], [4]]
+    for key in keys:
+        assert [p.samples for p in made.points[key]] == [1, 2, 3, 4, 8]
+        assert all(made.of_key(key, n) == point(n, 0.5) for n in (1, 2, 3, 4, 8))
+
+
+def test_plans_for_a_compiling_engine_predict_compiled_blocks(graph, monkeypatch):
+    halved = []
+
+    def compiled(costs, running, where, sizes):
+        halved.append(set(sizes))
+        points = {
+            k: tuple(replace(p, forward_us=p.forward_us / 2, backward_us=p.backward_us / 2) for p in v)
+            for k, v in costs.points.items()
+        }
+        return replace(costs, points=points)
+
+    monkeypatch.setattr(module, "compiled_costs", compiled)
+    plain = find_plan_here(graph, RanncConfig(costs="measured", microbatches=2, stages=1), gathered(), CPU, 2)
+    assert not halved
+    options = RanncConfig(costs="measured", microbatches=2, stages=1, compile=True)
+    plan = find_plan_here(graph, options, gathered(), CPU, 2)
+    assert halved == [{2}]
+    assert plan.stages[0].predicted_forward_us == pytest.approx(plain.stages[0].predicted_forward_us / 2)

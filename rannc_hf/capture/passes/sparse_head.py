@@ -50,6 +50,11 @@ class SparseHead:
         """The preamble value that holds the labels."""
         return self.tail.target.name
 
+    @property
+    def rows(self) -> int:
+        """Rows a sample, with or without a label."""
+        return self.tail.rows
+
     def labelled(self, target: torch.Tensor) -> torch.Tensor:
         """How many rows have a label; `target` is the value of that name. An int64 scalar on its device."""
         return (target != self.tail.ignored).sum()
