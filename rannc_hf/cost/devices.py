@@ -30,16 +30,6 @@ class Link:
         """Time of one message of `size` bytes, in microseconds; nothing takes no time."""
         return (self.latency_s + size / self.bandwidth) * 1e6 if size else 0.0
 
-    def all_reduce_us(self, size: float, ranks: int) -> float:
-        """Time to sum `size` bytes over `ranks` in a ring, in microseconds.
-
-        Each rank sends and receives `2 (ranks - 1) / ranks` of the buffer in `2 (ranks - 1)` messages (Patarasuk and
-        Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
-        """
-        if ranks < 2 or not size:
-            return 0.0
-        return (2 * (ranks - 1) * self.latency_s + 2 * (ranks - 1) / ranks * size / self.bandwidth) * 1e6
-
 
 NVLINK2 = Link("NVLink 2", 6e-6, 120e9)
 NVLINK3 = Link("NVLink 3", 6e-6, 240e9)

@@ -11,10 +11,17 @@ import numpy as np
 from rannc_hf.config import RanncConfig
 from rannc_hf.cost.devices import GIB
 from rannc_hf.partition.cluster import Cluster
+from rannc_hf.partition.problem import Problem
 from rannc_hf.partition.rank import Outcome
 from rannc_hf.partition.space import PlanError, any_fits, microbatch_counts, replica_choices
-from rannc_hf.partition.stages import Problem, StageModel
+from rannc_hf.partition.stages import StageModel
 
+_DATA_PARALLEL = {
+    "none": "plain data parallel",
+    "optimizer": "data parallel with sharded optimizer (ZeRO-1)",
+    "gradients": "data parallel with sharded gradients (ZeRO-2)",
+    "parameters": "fully sharded data parallel (ZeRO-3)",
+}
 _DOUBLINGS = 5
 """How often the number of devices, or their memory, is doubled to find what would fit."""
 
@@ -34,9 +41,11 @@ def explain_plan(best: Outcome, candidates: int, others: Sequence[Outcome]) -> s
         )
     else:
         tail = best.simulation.tail_us / best.simulation.step_us
-        parts.append(f"one stage: plain data parallel, {tail:.0%} for gradients and optimizer")
+        parts.append(f"one stage: {_DATA_PARALLEL[best.candidate.shards[0]]}, {tail:.0%} for gradients and optimizer")
     if "blocks" in best.candidate.recompute:
         parts.append("recomputes where activations do not fit")
+    if best.candidate.placement == "across":
+        parts.append("replicas of each stage on all nodes, pipelines inside a node")
     return "; ".join(parts)
 
 
@@ -72,7 +81,7 @@ def explain_failure(problem: Problem) -> ValueError:
     if not any_fits(unlimited):
         return _no_shape(problem)
     size, limit = problem.cluster.size, problem.memory_bytes
-    state = float(problem.segments.state_bytes[0, -1])
+    state = problem.segments.whole_bytes
     total = size * limit
     lines = [
         f"no plan fits on {problem.cluster}: a plan may use {limit / GIB:.4g} GiB of each device",
@@ -113,24 +122,24 @@ def _largest_block(problem: Problem) -> str:
     microbatches = next(m for m in reversed(microbatch_counts(problem)) if replica_choices(problem, m))
     replicas = replica_choices(problem, microbatches)
     model = StageModel(problem, microbatches, replicas)
-    index = len(replicas) - 1
-    diagonal = np.arange(problem.segments.count)
-    again = problem.config.recompute != "none"
-    kept, extra = (model.kept_blocks, model.extra_blocks) if again else (model.kept_none, model.extra_none)
-    activations = (kept + extra)[diagonal, index, diagonal]
-    state = problem.segments.state_bytes[diagonal, diagonal]
-    worst = int(np.argmax(activations + state))
+    again = "blocks" if problem.config.recompute != "none" else "none"
+    activations, state = [], []
+    for block in range(problem.segments.count):
+        base = model.base(block)
+        activations.append(float(base.kept[again][-1, 0] + base.extra[again][-1, 0]))
+        state.append(model.least_state(block, replicas[-1]))
+    worst = int(np.argmax(np.add(activations, state)))
     return (
         f"the largest block ({problem.graph.blocks[worst].name}) alone needs "
         f"{(activations[worst] + state[worst]) / GIB:.4g} GiB: {state[worst] / GIB:.4g} for its parameters and "
-        f"{activations[worst] / GIB:.4g} for activations of {-(-model.samples // replicas[index])} samples"
+        f"{activations[worst] / GIB:.4g} for activations of {-(-model.samples // replicas[-1])} samples"
     )
 
 
 def _remedies(problem: Problem) -> list[str]:
     config = problem.config
     found = []
-    for name in ("recompute", "microbatches", "stages", "replicas", "schedule"):
+    for name in ("recompute", "shard", "microbatches", "stages", "replicas", "schedule"):
         if getattr(config, name) == "auto":
             continue
         freed = RanncConfig.load(config.to_dict() | {name: "auto"})
@@ -162,7 +171,7 @@ def _plain(value: object) -> object:
 
 def _least(enough: Callable[[float], bool], problem: Problem) -> float | None:
     """The least memory of a device in GiB that is enough, found to 2 %."""
-    low = max(problem.memory_bytes, float(problem.segments.state_bytes[0, -1]) / problem.cluster.size) / GIB
+    low = max(problem.memory_bytes, problem.segments.whole_bytes / problem.cluster.size) / GIB
     high = low
     for _ in range(_DOUBLINGS):
         high *= 2

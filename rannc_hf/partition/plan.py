@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from rannc_hf.capture.graph import Graph
 from rannc_hf.partition.fields import PlanFieldError, read_dataclass
+from rannc_hf.partition.schedules import SCHEDULES
 from rannc_hf.partition.shards import SHARDS
 
-SCHEDULES = ("gpipe", "1f1b")
 RECOMPUTE = ("none", "blocks")
 FORMAT = 1
 """Version of the JSON; a file of another version is refused."""
@@ -59,6 +59,10 @@ class RunnerUp:
     step_time_us: float
     reason: str
     """Why it lost."""
+    shard: tuple[str, ...] = ()
+    """What the replicas of each stage divided."""
+    placement: str = "consecutive"
+    """"consecutive" ranks for each stage, or each stage "across" all nodes."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,7 @@ class Plan:
         if missing:
             raise PlanFieldError(
                 "stages[*].ranks",
-                f"use {len(owner)} ranks, but there are {world_size} processes: no stage has {_short(missing)}",
+                f"use {len(owner)} ranks, but there are {world_size} processes: no stage has {short_ranks(missing)}",
             )
 
     def _check_microbatches(self) -> None:
@@ -213,12 +217,12 @@ class Plan:
                 )
 
     def __str__(self) -> str:
-        rows = [("stage", "blocks", "ranks", "recompute", "forward", "backward", "memory")]
+        rows = [("stage", "blocks", "ranks", "recompute", "shard", "forward", "backward", "memory")]
         for index, s in enumerate(self.stages):
             forward, backward = f"{s.predicted_forward_us / 1e3:.2f} ms", f"{s.predicted_backward_us / 1e3:.2f} ms"
             memory = f"{s.predicted_memory_bytes / 2**30:.2f} GiB"
             blocks = f"{s.first_block}..{s.last_block}"
-            rows.append((str(index), blocks, _short(s.ranks), s.recompute, forward, backward, memory))
+            rows.append((str(index), blocks, short_ranks(s.ranks), s.recompute, s.shard, forward, backward, memory))
         widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
         return "\n".join(
@@ -231,8 +235,12 @@ class Plan:
         )
 
 
-def _short(ranks: Sequence[int]) -> str:
-    """ "0-3" for consecutive ranks, "0,2,5" otherwise."""
-    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
-        return f"{ranks[0]}-{ranks[-1]}"
-    return ",".join(map(str, ranks))
+def short_ranks(ranks: Sequence[int]) -> str:
+    """Ranks with runs in short: "0-3", "0-1, 8-9", or "0, 2, 5"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

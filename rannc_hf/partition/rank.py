@@ -1,15 +1,25 @@
-"""Simulating candidates under the schedules that fit, and ordering them."""
+"""Simulating candidates, and ordering them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from rannc_hf.capture.graph import Graph
+from rannc_hf.cost.devices import Link
+from rannc_hf.partition.candidate import Candidate
 from rannc_hf.partition.cluster import Cluster
-from rannc_hf.partition.dp import Candidate
-from rannc_hf.partition.segments import Crossing
-from rannc_hf.partition.simulate import Edge, Simulation, StageTimes, simulate
-from rannc_hf.partition.stages import Stage, StageModel
+from rannc_hf.partition.collectives import all_reduce_us, group_of, half
+from rannc_hf.partition.ends import Ends, ends_of, work_of
+from rannc_hf.partition.memory import owned_load
+from rannc_hf.partition.placement import stage_ranks
+from rannc_hf.partition.problem import Choice, Stage
+from rannc_hf.partition.segments import Crossing, Segments
+from rannc_hf.partition.simulate import Edge, Simulation, StageTimes, TiedReduce, simulate
+from rannc_hf.partition.stages import StageModel
+
+Ranks = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -17,40 +27,70 @@ class Outcome:
     """A candidate, simulated."""
 
     candidate: Candidate
+    ranks: tuple[Ranks, ...]
+    times: tuple[StageTimes, ...]
     simulation: Simulation
 
 
-def rank(models: dict[int, StageModel], candidates: Sequence[Candidate]) -> list[Outcome]:
+def rank(models: Mapping[int, StageModel], candidates: Sequence[Candidate]) -> list[Outcome]:
     """Simulate candidates; the fastest first."""
-    outcomes = [Outcome(c, _simulate(models[c.microbatches], c)) for c in candidates]
+    outcomes = [_simulate(models[c.microbatches], c) for c in candidates]
     # 1F1B holds fewer microbatches: it wins unless GPipe is faster by more than rounding.
     return sorted(outcomes, key=lambda o: o.simulation.step_us * (1.0 if o.candidate.schedule == "1f1b" else 1.001))
 
 
-def _simulate(model: StageModel, c: Candidate) -> Simulation:
-    ranks = list(stage_ranks(c.stages))
+def _simulate(model: StageModel, c: Candidate) -> Outcome:
+    problem = model.problem
+    cluster, seg = problem.cluster, problem.segments
+    ranks = tuple(stage_ranks(cluster, c.placement, c.replicas))
     times = []
-    for stage, recompute, own in zip(c.stages, c.recompute, ranks):
-        forward, backward = model.times(stage, recompute)
-        ways = model.problem.ways(own[0], stage.replicas)
-        times.append(StageTimes(forward, backward, model.tail_us(stage, ways)))
-    crossings, cluster = model.problem.segments.crossings, model.problem.cluster
-    return simulate(times, edges_of(crossings, cluster, c.stages, ranks, model.samples), c.schedule, c.microbatches)
+    for stage, choice, own in zip(c.stages, c.choices, ranks):
+        forward, backward = model.times(stage, problem.way(c.placement, own[0], stage.replicas), choice)
+        ends = stage_ends(problem.graph, seg, cluster, stage, choice, own, (forward, backward))
+        times.append(StageTimes(forward, backward, float(ends.head), float(ends.exposed), float(ends.optimizer)))
+    edges = edges_of(seg.crossings, cluster, c.stages, ranks, model.samples)
+    tied = tied_of(seg, cluster, c.stages, ranks)
+    return Outcome(c, ranks, tuple(times), simulate(times, edges, c.schedule, c.microbatches, tied))
 
 
-def stage_ranks(stages: Sequence[Stage]) -> Iterator[tuple[int, ...]]:
-    first = 0
-    for stage in stages:
-        yield tuple(range(first, first + stage.replicas))
-        first += stage.replicas
+def stage_ends(
+    graph: Graph,
+    seg: Segments,
+    cluster: Cluster,
+    stage: Stage,
+    choice: Choice,
+    ranks: Ranks,
+    times: tuple[float, float],
+) -> Ends:
+    """What a stage on `ranks` does before its first forward and after its last backward.
+
+    `times` are forward and backward of a microbatch, with recomputation.
+    """
+    forward, backward = times
+    blocks = stage.first, stage.last
+    load = owned_load(graph, seg.sizes, choice.shard, blocks, stage.replicas)
+    plain = backward - (forward if choice.recompute == "blocks" else 0.0)
+    work = work_of(seg.holdings, blocks, choice.shard, stage.replicas, plain, load.elements)
+    return ends_of(cluster.device, choice.shard, half(cluster, group_of(cluster, ranks)), work)
+
+
+def tied_of(seg: Segments, cluster: Cluster, stages: Sequence[Stage], ranks: Sequence[Ranks]) -> list[TiedReduce]:
+    """The reductions of weights tied across stages, one for each set of stages."""
+    stage_of = [s for s, stage in enumerate(stages) for _ in range(stage.first, stage.last + 1)]
+    sizes: dict[tuple[int, ...], list[float]] = {}
+    for parameter in seg.tied:
+        holders = tuple(sorted({stage_of[b] for b in parameter.users}))
+        if len(holders) > 1:
+            sizes.setdefault(holders, []).append(parameter.gradient_bytes)
+    found = []
+    for holders, each in sizes.items():
+        group = group_of(cluster, sorted(itertools.chain.from_iterable(ranks[s] for s in holders)))
+        found.append(TiedReduce(holders, sum(all_reduce_us(cluster, group, size) for size in each)))
+    return found
 
 
 def edges_of(
-    crossings: Sequence[Crossing],
-    cluster: Cluster,
-    stages: Sequence[Stage],
-    ranks: Sequence[tuple[int, ...]],
-    samples: int,
+    crossings: Sequence[Crossing], cluster: Cluster, stages: Sequence[Stage], ranks: Sequence[Ranks], samples: int
 ) -> list[Edge]:
     """One edge for each pair of stages that values go between, skipping stages or not; `samples` of a microbatch."""
     stage_of = [s for s, stage in enumerate(stages) for _ in range(stage.first, stage.last + 1)]
@@ -63,10 +103,37 @@ def edges_of(
             amount[1] += (value.constant + value.per_sample * samples) * value.needs_grad
     edges = []
     for (source, destination), (forward, backward) in sorted(sizes.items()):
-        both = (*ranks[source], *ranks[destination])
-        link = cluster.link(min(both), max(both))
-        # Within a node each pair of devices has its own link; between nodes all share the node's.
-        share = 1 if link is cluster.inter else min(len(ranks[source]), len(ranks[destination]))
-        back = link.time_us(backward / share) if backward else None
-        edges.append(Edge(source, destination, link.time_us(forward / share), back))
+        shares = _shares(cluster, ranks[source], ranks[destination])
+        times = [
+            max((link.time_us(size * share) for link, share in shares), default=0.0) if size else None
+            for size in (forward, backward)
+        ]
+        edges.append(Edge(source, destination, times[0] or 0.0, times[1]))
     return edges
+
+
+def _shares(cluster: Cluster, sources: Ranks, destinations: Ranks) -> list[tuple[Link, float]]:
+    """For each kind of link, the largest part of a boundary's values that goes over one of them in one direction.
+
+    Within a node each pair of devices has its own link; between nodes all devices of a node share its link.
+    """
+    near: dict[tuple[str, int], float] = {}
+    far: dict[tuple[str, int], float] = {}
+    for source, destination, part in _overlaps(len(sources), len(destinations)):
+        a, b = sources[source], destinations[destination]
+        within = cluster.node(a) == cluster.node(b)
+        loads = near if within else far
+        for key in (("out", a if within else cluster.node(a)), ("in", b if within else cluster.node(b))):
+            loads[key] = loads.get(key, 0.0) + part
+    pairs = ((cluster.intra, near), (cluster.inter, far))
+    return [(link, max(loads.values())) for link, loads in pairs if loads]
+
+
+def _overlaps(sources: int, destinations: int) -> Iterator[tuple[int, int, float]]:
+    """(source, destination, part of the samples) for contiguous slices of equal size."""
+    source = destination = 0
+    while source < sources and destination < destinations:
+        start = max(source / sources, destination / destinations)
+        ends = (source + 1) * destinations, (destination + 1) * sources
+        yield source, destination, min(ends) / (sources * destinations) - start
+        source, destination = source + (ends[0] <= ends[1]), destination + (ends[1] <= ends[0])

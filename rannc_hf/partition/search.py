@@ -12,9 +12,11 @@ from rannc_hf.cost.table import CostTable
 from rannc_hf.partition.cluster import Cluster
 from rannc_hf.partition.explain import explain_failure, explain_plan, why_slower
 from rannc_hf.partition.plan import Plan, RunnerUp, StagePlan
-from rannc_hf.partition.rank import Outcome, rank, stage_ranks
+from rannc_hf.partition.problem import Problem
+from rannc_hf.partition.rank import Outcome, rank
+from rannc_hf.partition.schedules import in_flight
 from rannc_hf.partition.space import PlanError, check_options, search
-from rannc_hf.partition.stages import Problem, StageModel, in_flight
+from rannc_hf.partition.stages import StageModel
 
 __all__ = ["PlanError", "find_plan"]
 
@@ -55,18 +57,17 @@ def _distinct(outcomes: list[Outcome]) -> list[Outcome]:
     """The best of each other shape: plans that differ from the best one in more than where a stage ends."""
     by_shape: dict[tuple[object, ...], Outcome] = {}
     for o in outcomes:
-        by_shape.setdefault((tuple(s.replicas for s in o.candidate.stages), o.candidate.microbatches), o)
+        by_shape.setdefault((o.candidate.replicas, o.candidate.placement, o.candidate.microbatches), o)
     return list(by_shape.values())[1:]
 
 
 def _stage_plans(model: StageModel, outcome: Outcome) -> tuple[StagePlan, ...]:
     c = outcome.candidate
     plans = []
-    for index, (stage, recompute, ranks) in enumerate(zip(c.stages, c.recompute, stage_ranks(c.stages))):
-        held = in_flight(c.schedule, len(c.stages), index, c.microbatches)
-        forward, backward = model.times(stage, recompute)
-        memory = model.memory(stage, held, recompute)
-        plans.append(StagePlan(stage.first, stage.last, ranks, recompute, "none", forward, backward, memory))
+    for index, (stage, choice, ranks, times) in enumerate(zip(c.stages, c.choices, outcome.ranks, outcome.times)):
+        held = in_flight(c.schedule, index, len(c.stages), c.microbatches)
+        memory = model.memory(stage, choice, held)
+        plans.append(StagePlan(stage.first, stage.last, ranks, *choice, times.forward, times.backward, memory))
     return tuple(plans)
 
 
@@ -80,4 +81,6 @@ def _runner_up(best: Outcome, other: Outcome) -> RunnerUp:
         recompute=c.recompute,
         step_time_us=other.simulation.step_us,
         reason=why_slower(best, other),
+        shard=c.shards,
+        placement=c.placement,
     )

@@ -2,7 +2,8 @@
 
 Each stage does its computes one after the other in the order of the schedule. A compute starts when the one before it
 is done and what it needs has arrived. Transfers overlap with computes; those of one edge and direction follow each
-other. When its last backward is done, a stage has its `tail` left.
+other. When its last backward is done, a stage reduces what is left of its gradients, then those of weights tied to
+other stages when all of them are there, and steps its optimizer.
 """
 
 from __future__ import annotations
@@ -11,13 +12,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from rannc_hf.partition.schedules import compute_order
+
 
 class StageTimes(NamedTuple):
-    """Microseconds of one microbatch, and what is left to do after the last backward."""
+    """Microseconds of one microbatch, and of what comes before the first and after the last."""
 
     forward: float
     backward: float
-    tail: float
+    head: float = 0.0
+    """Before the first forward: parameters from their owners."""
+    exposed: float = 0.0
+    """Reducing what is left of the gradients."""
+    optimizer: float = 0.0
+
+
+class TiedReduce(NamedTuple):
+    """Gradients of weights that several stages hold, reduced over the ranks of all of them; microseconds."""
+
+    stages: tuple[int, ...]
+    duration: float
 
 
 class Edge(NamedTuple):
@@ -33,9 +47,10 @@ class Edge(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One thing a stage does: "forward", "backward", "send_act", "send_grad", "reduce_grad" or "optimizer".
+    """One thing a stage does: "forward", "backward", "send_act", "send_grad", "send_params", "reduce_grad" or
+    "optimizer".
 
-    `microbatch` is None for the last two; `peer` is the stage a message goes to.
+    `microbatch` is None for the last three; `peer` is the stage a message goes to.
     """
 
     kind: str
@@ -60,22 +75,7 @@ class Simulation:
     def bubble(self) -> float:
         """Share of the step in which the busiest stage waits, before its tail."""
         span = self.step_us - self.tail_us
-        return 1 - max(self.computed_us) / span if span else 0.0
-
-
-def order(schedule: str, stages: int, stage: int, microbatches: int) -> list[tuple[bool, int]]:
-    """(is backward, microbatch) of each compute of a stage, in order.
-
-    GPipe runs all forwards first (Huang et al., NeurIPS 2019). 1F1B starts as many forwards as there are stages after
-    it, then alternates (Narayanan et al., "PipeDream", SOSP 2019; its flush variant).
-    """
-    ahead = microbatches if schedule == "gpipe" else min(microbatches, stages - stage)
-    computes = [(False, m) for m in range(ahead)]
-    for m in range(microbatches):
-        computes.append((True, m))
-        if ahead + m < microbatches:
-            computes.append((False, ahead + m))
-    return computes
+        return max(0.0, 1 - max(self.computed_us) / span) if span else 0.0
 
 
 def simulate(
@@ -83,16 +83,18 @@ def simulate(
     edges: Sequence[Edge],
     schedule: str,
     microbatches: int,
+    tied: Sequence[TiedReduce] = (),
     events: list[Event] | None = None,
 ) -> Simulation:
-    """Time of one step of `stages` joined by `edges`; computes and transfers are appended to `events`."""
+    """Time of one step of `stages` joined by `edges`; what happens is appended to `events`."""
     run = _Run(stages, edges, schedule, microbatches, events)
     while run.advance():
         pass
     assert all(not rest for rest in run.orders), "the schedule waits in a circle"
-    finish = max(run.free[s] + stages[s].tail for s in range(len(stages)))
+    last = max(run.free)
+    finish = run.finish(tied)
     computed = tuple(microbatches * (s.forward + s.backward) for s in stages)
-    return Simulation(finish, computed, finish - max(run.free))
+    return Simulation(finish, computed, finish - last)
 
 
 class _Run:
@@ -106,8 +108,8 @@ class _Run:
     ) -> None:
         count = len(stages)
         self.stages, self.events = stages, events
-        self.orders = [order(schedule, count, s, microbatches)[::-1] for s in range(count)]
-        self.free = [0.0] * count
+        self.orders = [compute_order(schedule, s, count, microbatches)[::-1] for s in range(count)]
+        self.free = [s.head for s in stages]
         self.waits: list[tuple[list[int], list[int]]] = [([], []) for _ in range(count)]
         self.sends: list[tuple[list[tuple[int, float]], list[tuple[int, float]]]] = [([], []) for _ in range(count)]
         for e in edges:
@@ -148,3 +150,22 @@ class _Run:
             self.link_free[s, peer] = sent
             self.arrived[s, peer, backward, microbatch] = sent
         return True
+
+    def finish(self, tied: Sequence[TiedReduce]) -> float:
+        """Reduce gradients and step the optimizers; when all are done."""
+        done = [free + s.exposed for free, s in zip(self.free, self.stages)]
+        for reduction in tied:
+            start = max(done[s] for s in reduction.stages)
+            for s in reduction.stages:
+                done[s] = start + reduction.duration
+                self._note("reduce_grad", s, start, done[s])
+        ends = [at + s.optimizer for at, s in zip(done, self.stages)]
+        for s, (start, end) in enumerate(zip(done, ends)):
+            if self.stages[s].head:
+                self._note("send_params", s, 0.0, self.stages[s].head)
+            self._note("optimizer", s, start, end)
+        return max(ends)
+
+    def _note(self, kind: str, stage: int, start: float, end: float) -> None:
+        if self.events is not None:
+            self.events.append(Event(kind, stage, None, start, end))

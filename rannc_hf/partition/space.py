@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from rannc_hf.partition.dp import Candidate, Limits, best_candidates, even_candidates, fits
-from rannc_hf.partition.stages import Problem, StageModel
+from rannc_hf.partition.candidate import Candidate
+from rannc_hf.partition.dp import best_candidates, even_candidates, fits
+from rannc_hf.partition.problem import Problem
+from rannc_hf.partition.stages import StageModel
+from rannc_hf.partition.tables import Limits
 
+_NEVER = float("inf")
 _SLACK = 1.02
 """Candidates of each number of microbatches are collected up to this much above the best estimate."""
 _COLUMNS = 64
@@ -98,29 +102,46 @@ def search(problem: Problem, models: dict[int, StageModel]) -> list[Candidate]:
         if replicas := replica_choices(problem, microbatches):
             models[microbatches] = StageModel(problem, microbatches, replicas)
     allowed = limits(problem)
-    tasks = [(model, schedule) for model in models.values() for schedule in schedules(problem)]
-    found = [c for model, schedule in tasks for c in even_candidates(model, schedule, allowed)]
-    best = min((c.estimate_us for c in found), default=float("inf"))
-    for model, schedule in sorted(tasks, key=lambda t: t[0].step_bound):
-        if model.step_bound < best:
+    found: list[Candidate] = []
+    order: list[tuple[float, float, int]] = []
+    for model in models.values():
+        even = list(even_candidates(model, schedules(problem, model.microbatches)[0], allowed))
+        found += even
+        model.begin(_NEVER)
+        # The most promising first: the others then have a bound to beat.
+        promise = min((c.estimate_us for c in even), default=_NEVER)
+        order.append((promise, model.step_bound + model.sum_bound, model.microbatches))
+    best = min((c.estimate_us for c in found), default=_NEVER)
+    for model in (models[m] for *_, m in sorted(order)):
+        model.begin(best * _SLACK)
+        for schedule in schedules(problem, model.microbatches):
             found += best_candidates(model, schedule, allowed, best * _SLACK)
             best = min((c.estimate_us for c in found), default=best)
-    return sorted(set(found), key=lambda c: (c.estimate_us, c.microbatches, len(c.stages), c.stages, c.schedule))
+        model.begin(_NEVER)
+    return sorted(set(found), key=_order)
 
 
-def schedules(problem: Problem) -> list[str]:
-    """Schedules to try."""
-    wanted = problem.config.schedule
-    return [wanted] if wanted != "auto" else ["1f1b", "gpipe"]
+def _order(c: Candidate) -> tuple[object, ...]:
+    return c.estimate_us, c.microbatches, len(c.stages), c.stages, c.schedule, c.placement
+
+
+def schedules(problem: Problem, microbatches: int) -> list[str]:
+    """Schedules to try. With one microbatch they are the same."""
+    if problem.config.schedule != "auto":
+        return [problem.config.schedule]
+    return ["1f1b", "gpipe"] if microbatches > 1 else ["1f1b"]
 
 
 def any_fits(problem: Problem) -> bool:
     """Whether any plan fits into memory. Small microbatches need the least, so the two largest counts decide."""
+    allowed = limits(problem)
     tried = 0
     for microbatches in reversed(microbatch_counts(problem)):
-        if replicas := replica_choices(problem, microbatches):
+        replicas = replica_choices(problem, microbatches)
+        # Of counts that leave enough samples for replicas on all devices.
+        if replicas and max(replicas) * allowed.stages >= problem.cluster.size:
             # 1F1B comes first where it is allowed: it needs the least memory.
-            if fits(StageModel(problem, microbatches, replicas), schedules(problem)[0], limits(problem)):
+            if fits(StageModel(problem, microbatches, replicas), schedules(problem, microbatches)[0], allowed):
                 return True
             tried += 1
             if tried == 2:

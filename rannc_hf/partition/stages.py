@@ -1,86 +1,90 @@
 """`StageModel`: time and memory of every possible stage, for one number of microbatches.
 
-Legend: i, j first and last block; r replicas; h microbatches in flight; d devices used by a stage and those after it.
-Arrays are [i, r, j]. All replicas of a stage are as slow as the one with the most samples.
+Legend: i, j first and last block; r replicas. Rows are arrays [r, j - i] for stages that begin at a block i. All
+replicas of a stage are as slow as the one with the most samples.
 
 A step with M microbatches is estimated as
 
-    sum over stages of (t + 2 x)  +  max over stages of ((M - 1) p + tail)
+    sum over stages of (t + 2 x)  +  max over stages of ((M - 1) p + ends)
 
-t is forward and backward of one microbatch (with recomputation), x and y are transfers of one microbatch into and out
-of the stage, and tail is what is left of the gradient reduction when the backwards are done, and the optimizer. The
-first term is the first microbatch on its way through all stages and back, the second what the slowest stage adds: a
-microbatch every p = max(t, x + y) under GPipe, p = t + x + y under 1F1B.
+t is forward and backward of one microbatch (with recomputation and what its computes do not hide of transfers of
+sharded parameters and gradients), x and y are transfers of one microbatch into and out of the stage, and ends is what
+comes before the first forward and after the last backward (`ends.py`). The first term is the first microbatch on its
+way through all stages and back, the second what the slowest stage adds: a microbatch every p = max(t, x + y) under
+GPipe, p = t + x + y under 1F1B.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from rannc_hf.capture.graph import Graph
-from rannc_hf.config import RanncConfig
-from rannc_hf.cost.devices import GIB, Link
-from rannc_hf.cost.table import BlockCost, CostTable
-from rannc_hf.partition.cluster import Cluster
-from rannc_hf.partition.segments import Floats, Segments, segments
+from rannc_hf.cost.devices import Link
+from rannc_hf.cost.table import BlockCost
+from rannc_hf.partition.collectives import consecutive_group, half
+from rannc_hf.partition.ends import Work, ends_of
+from rannc_hf.partition.exposure import Exposure
+from rannc_hf.partition.memory import Floats, owned_elements_bound
+from rannc_hf.partition.placement import across_replicas
+from rannc_hf.partition.problem import Choice, Problem, Stage, Way
 
-# AdamW with a gradient clip and a cast to 16 bits: fitted to steps measured on an H200 (12 ms for 336 million elements
-# in 398 parameters, 80 ms for 4.9 billion in 1550).
-_OPTIMIZER_BYTES = 44
-"""Bytes a trained element moves in an optimizer step, at the peak bandwidth."""
-_OPTIMIZER_OPERATIONS = 2.5
-"""Operations an optimizer step issues for each parameter."""
 _NEVER = float("inf")
 
 
-class Stage(NamedTuple):
-    """A stage of a candidate: blocks `first` to `last`, `replicas` ranks."""
-
-    first: int
-    last: int
-    replicas: int
-
-
-class Ways(NamedTuple):
-    """Whether a stage's transfers in, transfers out and gradient reduction leave the node."""
-
-    into: bool
-    out: bool
-    reduce: bool
-
-
 @dataclass(frozen=True)
-class Problem:
-    """What is planned: a graph with its costs, on a cluster, for a global batch, within the user's options."""
+class Base:
+    """[r, j - i] costs of stages from block i on that do not depend on links."""
 
-    graph: Graph
-    costs: CostTable
-    cluster: Cluster
-    batch_size: int
-    config: RanncConfig
-    segments: Segments = field(init=False)
+    forward: Floats
+    backward: Floats
+    kept: dict[str, Floats]
+    """Bytes of activations of a microbatch, by recomputation."""
+    extra: dict[str, Floats]
+    """Workspace, by recomputation."""
+    owned: Floats
+    """Upper bound of the elements that one of the replicas owns."""
+    flight: dict[Choice, Floats]
+    """Microbatches in flight for which memory suffices; negative where the choice is not allowed."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "segments", segments(self.graph))
 
-    @property
-    def memory_bytes(self) -> float:
-        """What a plan may use of each device."""
-        if self.config.memory_limit_gib != "auto":
-            return self.config.memory_limit_gib * GIB
-        return self.cluster.usable_bytes
+class Options(NamedTuple):
+    """Options of stages over each other: [option, r, j - i]. What does not fit adds an infinite amount.
 
-    def ways(self, first_rank: int, replicas: int) -> Ways:
-        """Which links a stage on consecutive ranks uses. Its neighbours are taken to be near its boundaries."""
-        node, last = self.cluster.node, first_rank + replicas - 1
-        spans = node(first_rank) != node(last)
-        into = first_rank > 0 and (spans or node(first_rank - 1) != node(first_rank))
-        out = last + 1 < self.cluster.size and (spans or node(last) != node(last + 1))
-        return Ways(into, out, spans)
+    The first ones fit with any number of microbatches in flight, or with none.
+    """
+
+    roomy_added: Floats
+    roomy_slowest: Floats
+    added: Floats
+    slowest: Floats
+    flight: Floats
+
+
+class Links:
+    """Rows of arrays: numbers of replicas, each with the links it uses."""
+
+    def __init__(self, rows: Sequence[int], ways: Sequence[Way], replicas: Sequence[int]) -> None:
+        """`rows` are indices of `replicas`."""
+        self.rows, self.ways = list(rows), list(ways)
+        self.latency, self.rate = (np.array([[w.half[k]] for w in ways]) for k in (0, 1))
+        self.replicas = np.array([[float(replicas[k])] for k in rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """[r, j - i] stages from block i on, run by `choice`."""
+
+    choice: Choice
+    added: Floats
+    """What they add to the sum."""
+    slowest: Floats
+    """Their part of the maximum."""
+    flight: Floats
+    """Microbatches in flight for which memory suffices."""
 
 
 class StageModel:
@@ -89,38 +93,47 @@ class StageModel:
     def __init__(self, problem: Problem, microbatches: int, replicas: Sequence[int]) -> None:
         self.problem, self.microbatches = problem, microbatches
         self.replicas = list(replicas)
+        self.unit = int(np.gcd.reduce([*self.replicas, problem.cluster.size]))
         self.samples = -(-problem.batch_size // microbatches)
-        seg = problem.segments
-        n = seg.count
-        shape = (n, len(self.replicas), n)
-        self.forward, self.backward = np.zeros(shape), np.zeros(shape)
-        self.kept_none, self.kept_blocks, self.extra_none, self.extra_blocks = (np.zeros(shape) for _ in range(4))
-        self.work = np.full(n, _NEVER)
-        self.sum_bound = _NEVER
-        for index, r in enumerate(self.replicas):
-            self._fill(index, -(-self.samples // r), r)
-        self._tails()
+        self.shares = [-(-self.samples // r) for r in self.replicas]
+        costs = {share: self._block_costs(share) for share in set(self.shares)}
 
-    # -- arrays ------------------------------------------------------------------------------------------------------
+        def rows(name: str) -> Floats:
+            return np.array([[getattr(c, name) for c in costs[share]] for share in self.shares], dtype=np.float64)
 
-    def _fill(self, index: int, samples: int, replicas: int) -> None:
-        seg = self.problem.segments
-        costs = self._block_costs(samples)
-        forward, backward, saved, output, workspace = (
-            np.array([getattr(c, name) for c in costs], dtype=np.float64)
-            for name in ("forward_us", "backward_us", "saved_bytes", "output_bytes", "workspace_bytes")
-        )
-        self.work = np.minimum(self.work, (forward + backward) * replicas)
-        self.sum_bound = min(self.sum_bound, float((forward + backward).sum()))
-        self.forward[:, index] = _sums(forward)
-        self.backward[:, index] = _sums(backward)
-        received = seg.received.at(samples)
-        largest = _maxima(workspace) + received
-        self.kept_none[:, index] = _sums(saved) + received
-        self.kept_blocks[:, index] = _sums(output) + received
-        self.extra_none[:, index] = largest
-        # One block is computed again at a time.
-        self.extra_blocks[:, index] = largest + _maxima(saved)
+        self.forward, self.backward = rows("forward_us"), rows("backward_us")
+        self.saved, self.output, self.workspace = rows("saved_bytes"), rows("output_bytes"), rows("workspace_bytes")
+        each = self.forward + self.backward
+        self.work = (each * np.array(self.replicas)[:, None]).min(axis=0)
+        self.fastest = each.min(axis=0)
+        self.sum_bound = float(self.fastest.sum())
+        seg, cluster = problem.segments, problem.cluster
+        narrow = np.array([_times(cluster.intra, seg.entering.at(s)) for s in self.shares])
+        # Of a microbatch, what the replicas on one node hold goes through the node's link.
+        through = [-(-self.samples * min(r, cluster.devices_per_node) // r) for r in self.replicas]
+        wide = np.array([_times(cluster.inter, seg.entering.at(n)) for n in through])
+        self.transfer = {False: narrow, True: wide, None: np.minimum(narrow, wide)}
+        """[replicas, boundary]"""
+        across = across_replicas(cluster, problem.batch_size, microbatches, self.replicas)
+        self.placements = {"consecutive": self.replicas} | ({"across": across} if across else {})
+        """Placement to the numbers of replicas that stages may have."""
+        # Which other stages hold a tied parameter is not known here: as if it were reduced over all devices.
+        everyone, tied = half(cluster, consecutive_group(cluster, 0, cluster.size)), seg.holdings.tied_bytes
+        self.tied = np.where(tied > 0, 2 * (everyone.latency_us + tied * everyone.us_per_byte), 0.0)
+        # The fastest links of each number of replicas, for bounds; those across nodes follow in the same arrays.
+        pairs = [(r, problem.best_way(r)) for r in self.replicas]
+        self.best_links = self.links(pairs + [(r, problem.way("across", 0, r)) for r in across])
+        self._links: dict[str, tuple[Links, npt.NDArray[np.int_]]] = {}
+        self.begin(_NEVER)
+
+    def begin(self, best: float) -> None:
+        """Drop what was computed on the way; from now on, stages of plans slower than `best` do not matter."""
+        self.best, self.ceiling = best, best - self.sum_bound
+        self._bases: dict[int, Base] = {}
+        self._need: dict[tuple[int, str], dict[Choice, int]] = {}
+        self._options: dict[tuple[int, Links, str], Options] = {}
+        self._ended: dict[tuple[int, Links, str], Floats] = {}
+        self._exposures: dict[tuple[Links, str], Exposure] = {}
 
     def _block_costs(self, samples: int) -> list[BlockCost]:
         known: dict[str, BlockCost] = {}
@@ -129,97 +142,200 @@ class StageModel:
                 known[block.key] = self.problem.costs.of(block, samples)
         return [known[b.key] for b in self.problem.graph.blocks]
 
-    def _tails(self) -> None:
-        cluster, seg, r = self.problem.cluster, self.problem.segments, np.array(self.replicas)[None, :, None]
-        n = seg.count
-        blocks = np.maximum(1, np.arange(n)[None, :] - np.arange(n)[:, None] + 1)[:, None, :]
-        held = (a[:, None, :] for a in (seg.gradient_bytes, seg.trained, seg.tensors))
-        work = TailWork(self.backward, blocks, *held)
-        self.tail = {wide: tail_of(cluster, wide, r, work).total for wide in (False, True)}
-        limit = self.problem.memory_bytes - seg.state_bytes[:, None, :]
-        tiny = 1e-9
-        self.flight_none = np.floor((limit - self.extra_none) / (self.kept_none + tiny))
-        self.flight_blocks = np.floor((limit - self.extra_blocks) / (self.kept_blocks + tiny))
-        self.time_none = self.forward + self.backward
-        self.time_blocks = self.time_none + self.forward
-        choice = self.problem.config.recompute
-        if choice == "blocks":
-            self.flight_none[:] = -1
-        if choice == "none":
-            self.flight_blocks[:] = -1
-        entering = seg.entering
-        # [replicas, boundary]: one replica's share within a node; a node's whole microbatch between nodes.
-        self.transfer = {
-            False: np.array([_times(cluster.intra, entering.at(-(-self.samples // k))) for k in self.replicas]),
-            True: np.array([_times(cluster.inter, entering.at(self.samples)) for _ in self.replicas]),
-        }
+    # -- rows --------------------------------------------------------------------------------------------------------
 
-    # -- rows for the search -----------------------------------------------------------------------------------------
+    def base(self, i: int) -> Base:
+        """Costs of stages from block `i` on."""
+        if i not in self._bases:
+            self._bases[i] = self._base(i)
+        return self._bases[i]
 
-    def rows(self, i: int, ways: Ways, levels: Sequence[int], schedule: str, ceiling: float) -> Floats:
-        """[level, r, j - i] what stages that start at block i add to the sum, or infinity.
+    def _base(self, i: int) -> Base:
+        held, received = self.problem.segments.holdings, self.problem.segments.received
+        shares, r = np.array(self.shares)[:, None], np.array(self.replicas, dtype=np.float64)[:, None]
+        arriving = received.constant[i, i:] + received.per_sample[i, i:] * shares
+        largest = np.maximum.accumulate(self.workspace[:, i:], axis=1) + arriving
+        once = np.maximum.accumulate(self.saved[:, i:], axis=1)
+        held_back = {"none": self.saved, "blocks": self.output}
+        kept = {name: np.cumsum(values[:, i:], axis=1) + arriving for name, values in held_back.items()}
+        # One block is computed again at a time.
+        extra = {"none": largest, "blocks": largest + once}
+        owned = owned_elements_bound(held.elements[i, i:], held.largest[i, i:], r)
+        flight = {}
+        for choice in self.problem.choices:
+            shard = choice.shard
+            state = held.shared_bytes[shard][i, i:] + held.owned_each[shard] * owned
+            room = self.problem.memory_bytes - state - extra[choice.recompute]
+            allowed = np.array([[self.problem.allows(shard, k)] for k in self.replicas])
+            flight[choice] = np.where(allowed, np.floor(room / (kept[choice.recompute] + 1e-9)), -1.0)
+        forward, backward = (np.cumsum(times[:, i:], axis=1) for times in (self.forward, self.backward))
+        return Base(forward, backward, kept, extra, owned, flight)
 
-        It is infinity where the stage does not fit with `levels[level]` microbatches in flight, or where its part of
-        the maximum exceeds `ceiling`. Last blocks that are impossible for all levels and replicas are left out.
+    def options(self, i: int, links: Links, schedule: str) -> Options:
+        """The choices for stages from block `i` on over `links`, one row for each of them.
+
+        Left out are choices that cannot be the best (see `_needed`), and last blocks after which nothing fits.
         """
-        added = []
-        into = self.transfer[ways.into][:, i, None]
-        moved = into + self.transfer[ways.out][:, i + 1 :]
-        for time in (self.time_none[i, :, i:], self.time_blocks[i, :, i:]):
-            slowest = self._slowest(time, moved, self.tail[ways.reduce][i, :, i:], schedule)
-            added.append(np.where(slowest <= ceiling, time + 2 * into, _NEVER))
-        last = np.flatnonzero(np.isfinite(added[0]).any(axis=0))
-        stop = int(last[-1]) + 1 if len(last) else 0
-        none, blocks = (a[:, :stop] for a in added)
-        fits_none, fits_blocks = (f[i, :, i : i + stop] for f in (self.flight_none, self.flight_blocks))
-        result = np.empty((len(levels), len(self.replicas), stop))
-        for index, level in enumerate(levels):
-            result[index] = np.where(fits_none >= level, none, np.where(fits_blocks >= level, blocks, _NEVER))
-        return result
+        key = (i, links, schedule)
+        if key not in self._options:
+            least, most = self._levels(i, schedule)
+            found = list(self._make_options(i, links, schedule, self._needed(i, schedule)))
+            roomy = []
+            for o in found:
+                here = o.flight.shape[1]
+                if not ((o.flight >= least) & (o.flight < most[links.rows, :here])).any():
+                    roomy.append(o)
+            tight = [o for o in found if o not in roomy]
+            self._options[key] = Options(*_stacked(roomy, least)[:2], *_stacked(tight, least))
+        return self._options[key]
 
-    def _slowest(self, time: Floats, moved: Floats, tail: Floats, schedule: str) -> Floats:
-        # Under 1F1B a microbatch must be back before the next one starts, so its transfers are not hidden.
-        each = np.maximum(time, moved) if schedule == "gpipe" else time + moved
-        return np.asarray((self.microbatches - 1) * each + tail)
+    def _levels(self, i: int, schedule: str) -> tuple[int, Floats]:
+        """The fewest and [r, j - i] the most microbatches that stages from block `i` on may have to hold."""
+        count = self.work.size - i
+        if schedule == "gpipe":
+            return self.microbatches, np.full((len(self.replicas), count), float(self.microbatches))
+        # Under 1F1B one for each stage from here on: no more than there are devices, less those that the blocks before
+        # need, and no more than there are blocks.
+        devices = self.problem.cluster.size - np.array(self.replicas, dtype=np.float64)[:, None]
+        if i > 0 and np.isfinite(self.ceiling):
+            devices = devices - float(self.work[:i].sum()) * (self.microbatches - 1) / self.ceiling
+        later = np.minimum(np.maximum(0.0, np.floor(devices / self.unit + 1e-6)), np.arange(count)[::-1])
+        return 1, np.minimum(later + 1, self.microbatches)
+
+    def _needed(self, i: int, schedule: str) -> dict[Choice, int]:
+        """The choices to consider for stages from block `i` on, and for each how many last blocks.
+
+        Recomputing costs time and gives memory alone. Adding up gradients in each microbatch costs at least what it
+        hides after the last one, so it too only helps where memory does not suffice.
+        """
+        if (i, schedule) in self._need:
+            return self._need[i, schedule]
+        base, (least, most) = self.base(i), self._levels(i, schedule)
+        # At least what all other blocks take on most devices, and the slowest stage, which is no faster than the mean.
+        others = self.sum_bound - np.cumsum(self.fastest[i:])
+        mean = float(self.work.sum()) / self.problem.cluster.size
+        needed = {}
+        for choice in self.problem.choices:
+            again = base.forward if choice.recompute == "blocks" else 0.0
+            time = base.forward + base.backward + again
+            useful = others + time + (self.microbatches - 1) * np.maximum(time, mean) <= self.best
+            rivals = [Choice("none", choice.shard)] if choice.recompute != "none" else []
+            rivals += [Choice(choice.recompute, "optimizer")] if choice.shard == "gradients" else []
+            flight = np.minimum(base.flight[choice], most)
+            here = useful & (flight >= least)
+            for rival in rivals:
+                if rival in base.flight:
+                    here &= base.flight[rival] < flight
+            fits = np.flatnonzero(here.any(axis=0))
+            if len(fits):
+                needed[choice] = int(fits[-1]) + 1
+        self._need[i, schedule] = needed
+        return needed
+
+    def _make_options(self, i: int, links: Links, schedule: str, needed: dict[Choice, int]) -> Iterator[Option]:
+        base, rows = self.base(i), links.rows
+        arrive = np.array([self.transfer[w.into][k, i] for k, w in zip(rows, links.ways)])[:, None]
+        leave = np.array([self.transfer[w.out][k, i + 1 :] for k, w in zip(rows, links.ways)])
+        for choice, stop in needed.items():
+            forward, backward, ends = self._times(i, links, choice)
+            time, moved = (forward + backward)[:, :stop], arrive + leave[:, :stop]
+            # Under 1F1B a microbatch must be back before the next one starts, so its transfers are not hidden.
+            each = np.maximum(time, moved) if schedule == "gpipe" else time + moved
+            slowest = (self.microbatches - 1) * each + ends[:, :stop]
+            yield Option(choice, time + 2 * arrive, slowest, base.flight[choice][rows, :stop])
+
+    def _times(self, i: int, links: Links, choice: Choice) -> tuple[Floats, Floats, Floats]:
+        """Forward, backward and ends of stages from block `i` on."""
+        base = self.base(i)
+        forward, backward = base.forward[links.rows], base.backward[links.rows]
+        again = forward if choice.recompute == "blocks" else 0.0
+        ends = self._ends(i, links, choice.shard, backward)
+        if choice.shard in ("gradients", "parameters"):
+            ahead, back = self._exposure(links, choice.recompute).of(i, choice.shard)
+            return forward + ahead, backward + again + back, ends
+        return forward, backward + again, ends
+
+    def _ends(self, i: int, links: Links, shard: str, backward: Floats) -> Floats:
+        key = (i, links, shard)
+        if key not in self._ended:
+            base, held = self.base(i), self.problem.segments.holdings
+            # Arrays with less than all elements only where a rank owns some of them.
+            replicas = links.replicas if shard != "none" else np.ones((1, 1))
+            elements = base.owned[links.rows] if shard != "none" else held.elements[i, i:][None]
+            work = Work(
+                backward,
+                np.arange(1.0, held.elements.shape[0] - i + 1),
+                held.block_gradients[i] + held.inner_gradients[i, i:],
+                held.gradient_bytes[i, i:],
+                held.copy_bytes[i, i:],
+                elements + held.whole_elements[i, i:],
+                held.tensors[i, i:] / replicas + held.whole_tensors[i, i:],
+            )
+            ends = ends_of(self.problem.cluster.device, shard, (links.latency, links.rate), work)
+            self._ended[key] = ends.total + self.tied[i, i:]
+        return self._ended[key]
+
+    def _exposure(self, links: Links, recompute: str) -> Exposure:
+        key = (links, recompute)
+        if key not in self._exposures:
+            forward, backward = self.forward[links.rows], self.backward[links.rows]
+            again = backward + forward if recompute == "blocks" else backward
+            overlaps = self.problem.cluster.device.overlaps
+            held = self.problem.segments.holdings
+            self._exposures[key] = Exposure(held, links.latency, links.rate, forward, again, overlaps)
+        return self._exposures[key]
 
     # -- single stages -----------------------------------------------------------------------------------------------
 
-    def recompute(self, stage: Stage, in_flight: int) -> str | None:
-        """The cheapest way to hold the activations of `in_flight` microbatches; None where nothing fits."""
-        at = self._at(stage)
-        if self.flight_none[at] >= in_flight:
-            return "none"
-        return "blocks" if self.flight_blocks[at] >= in_flight else None
+    def links(self, pairs: Sequence[tuple[int, Way]]) -> Links:
+        """Rows for pairs of replicas and the links they use."""
+        return Links([self.replicas.index(r) for r, _ in pairs], [w for _, w in pairs], self.replicas)
 
-    def terms(self, stage: Stage, ways: Ways, recompute: str, schedule: str) -> tuple[float, float]:
-        """What a stage adds to the sum, and its part of the maximum, in microseconds."""
-        at = self._at(stage)
-        time = float((self.time_none if recompute == "none" else self.time_blocks)[at])
-        into = float(self.transfer[ways.into][at[1], stage.first])
-        moved = into + float(self.transfer[ways.out][at[1], stage.last + 1])
-        slowest = self._slowest(np.array(time), np.array(moved), self.tail[ways.reduce][at], schedule)
-        return time + 2 * into, float(slowest)
+    def links_of(self, placement: str) -> tuple[Links, npt.NDArray[np.int_]]:
+        """The links of stages on a placement, and [place of the first rank in its node, replicas] the row of each."""
+        if placement == "across":
+            first = len(self.replicas)
+            rows = np.arange(first, first + len(self.placements[placement]))
+            return self.best_links, np.tile(rows, (self.problem.cluster.devices_per_node, 1))
+        if placement not in self._links:
+            pairs: dict[tuple[int, Way], int] = {}
+            row_of = []
+            for place in range(self.problem.cluster.devices_per_node):
+                used = [(r, self.problem.way(placement, place, r)) for r in self.placements[placement]]
+                row_of.append([pairs.setdefault(pair, len(pairs)) for pair in used])
+            self._links[placement] = self.links(list(pairs)), np.array(row_of)
+        return self._links[placement]
 
-    def times(self, stage: Stage, recompute: str) -> tuple[float, float]:
-        """Forward and backward of one microbatch in microseconds; the backward computes again where asked to."""
-        forward, backward = float(self.forward[self._at(stage)]), float(self.backward[self._at(stage)])
-        return forward, backward + (forward if recompute == "blocks" else 0.0)
+    def choices(self, stage: Stage, way: Way, schedule: str, in_flight: int) -> list[tuple[Choice, float, float]]:
+        """What fits a stage with `in_flight` microbatches: (choice, what it adds to the sum, part of the maximum)."""
+        index, at = self.replicas.index(stage.replicas), stage.last - stage.first
+        flight = self.base(stage.first).flight
+        fitting = [c for c, held in flight.items() if held[index, at] >= in_flight]
+        # Computing again is only for what does not fit otherwise.
+        needed = {c: at + 1 for c in fitting if c.recompute == "none" or Choice("none", c.shard) not in fitting}
+        options = self._make_options(stage.first, self.links([(stage.replicas, way)]), schedule, needed)
+        return [(o.choice, float(o.added[0, at]), float(o.slowest[0, at])) for o in options]
 
-    def tail_us(self, stage: Stage, ways: Ways) -> float:
-        """What remains after the last backward: gradients to reduce, and the optimizer."""
-        return float(self.tail[ways.reduce][self._at(stage)])
+    def times(self, stage: Stage, way: Way, choice: Choice) -> tuple[float, float]:
+        """Forward and backward of one microbatch in microseconds, with recomputation and transfers not hidden."""
+        forward, backward, _ = self._times(stage.first, self.links([(stage.replicas, way)]), choice)
+        at = 0, stage.last - stage.first
+        return float(forward[at]), float(backward[at])
 
-    def memory(self, stage: Stage, in_flight: int, recompute: str) -> int:
-        """Peak bytes on each rank of a stage."""
-        at = self._at(stage)
-        kept, extra = (
-            (self.kept_none, self.extra_none) if recompute == "none" else (self.kept_blocks, self.extra_blocks)
-        )
-        state = self.problem.segments.state_bytes[stage.first, stage.last]
-        return int(state + in_flight * kept[at] + extra[at])
+    def least_state(self, block: int, replicas: int) -> float:
+        """Bytes a rank needs for the parameters of a stage of one block, with the sharding that needs the least."""
+        held, owned = self.problem.segments.holdings, self.base(block).owned[self.replicas.index(replicas), 0]
+        shards = [c.shard for c in self.problem.choices if self.problem.allows(c.shard, replicas)]
+        return min(float(held.shared_bytes[s][block, block] + held.owned_each[s] * owned) for s in shards)
 
-    def _at(self, stage: Stage) -> tuple[int, int, int]:
-        return stage.first, self.replicas.index(stage.replicas), stage.last
+    def memory(self, stage: Stage, choice: Choice, in_flight: int) -> int:
+        """Peak bytes on the rank of a stage that owns the most."""
+        seg, at = self.problem.segments, (stage.first, stage.last)
+        where = self.replicas.index(stage.replicas), stage.last - stage.first
+        base = self.base(stage.first)
+        state = seg.state_bytes(self.problem.graph, choice.shard, at, stage.replicas)
+        activations = in_flight * base.kept[choice.recompute][where] + base.extra[choice.recompute][where]
+        return int(np.ceil(state + activations))
 
     @property
     def step_bound(self) -> float:
@@ -227,59 +343,17 @@ class StageModel:
         return self.microbatches * float(self.work.sum()) / self.problem.cluster.size
 
 
-class TailWork(NamedTuple):
-    """What a stage (or each of an array of stages) has to do around and after its last backward."""
-
-    backward_us: Floats
-    """Without recomputation."""
-    blocks: Floats
-    gradient_bytes: Floats
-    trained: Floats
-    tensors: Floats
-
-
-class Tail(NamedTuple):
-    """Microseconds of the gradient reduction, of the part of it after the last backward, and of the optimizer."""
-
-    reduce: Floats
-    exposed: Floats
-    optimizer: Floats
-
-    @property
-    def total(self) -> Floats:
-        """From the last backward to the end of the step."""
-        return np.asarray(self.exposed + self.optimizer)
-
-
-def tail_of(cluster: Cluster, between_nodes: bool, replicas: Floats, work: TailWork) -> Tail:
-    """The end of a step for stages of `replicas` each, in one node or over several."""
-    link, device, r = cluster.inter if between_nodes else cluster.intra, cluster.device, replicas
-    # One message a block, so that all but the last overlap with the backward that goes on.
-    messages = 2 * (r - 1) * link.latency_s * work.blocks
-    reduce = (messages + 2 * (r - 1) / r * work.gradient_bytes / link.bandwidth) * 1e6
-    hidden = work.backward_us * (1 - 1 / work.blocks) if device.overlaps else 0.0
-    exposed = np.maximum(reduce / work.blocks, reduce - hidden)
-    optimizer = work.trained * _OPTIMIZER_BYTES / device.memory_bandwidth * 1e6
-    optimizer = optimizer + work.tensors * _OPTIMIZER_OPERATIONS * max(device.host_us, device.kernel_us)
-    return Tail(reduce, exposed, optimizer)
-
-
-def in_flight(schedule: str, stages: int, stage: int, microbatches: int) -> int:
-    """Microbatches whose activations a stage holds at once: all under GPipe; under 1F1B one a stage that follows."""
-    return microbatches if schedule == "gpipe" else min(microbatches, stages - stage)
-
-
-def _sums(values: Floats) -> Floats:
-    """[i, j] sum of values i to j."""
-    prefix = np.concatenate([[0.0], np.cumsum(values)])
-    return np.asarray(prefix[None, 1:] - prefix[:-1, None])
-
-
-def _maxima(values: Floats) -> Floats:
-    """[i, j] largest of values i to j."""
-    upper = np.triu(np.broadcast_to(values, (len(values), len(values))))
-    return np.asarray(np.maximum.accumulate(upper, axis=1))
-
-
 def _times(link: Link, sizes: Floats) -> Floats:
     return np.where(sizes > 0, (link.latency_s + sizes / link.bandwidth) * 1e6, 0.0)
+
+
+def _stacked(options: Sequence[Option], least: int) -> list[Floats]:
+    length = max((o.added.shape[1] for o in options), default=0)
+    rows = len(options[0].added) if options else 0
+    arrays = [np.full((len(options), rows, length), _NEVER) for _ in range(3)]
+    for index, option in enumerate(options):
+        stop = option.added.shape[1]
+        added = np.where(option.flight >= least, option.added, _NEVER)
+        for array, values in zip(arrays, (added, option.slowest, option.flight)):
+            array[index, :, :stop] = values
+    return arrays

@@ -7,27 +7,29 @@ from rich.console import Console
 from rich.table import Table
 
 from rannc_hf.capture.graph import Graph
-from rannc_hf.partition.plan import Plan, StagePlan
+from rannc_hf.partition.plan import Plan, StagePlan, short_ranks
 
 
 def print_plan(plan: Plan, graph: Graph, console: Console | None = None) -> None:
     """Print the stages of `plan` over the modules of `graph`; to the standard output unless `console` is given."""
     console = console or Console()
-    recomputes = any(s.recompute != "none" for s in plan.stages)
+    # Columns that say nothing are left out; one kind of sharding for all stages is in the caption.
+    options = ["recompute"] if any(s.recompute != "none" for s in plan.stages) else []
+    options += ["shard"] if len({s.shard for s in plan.stages}) > 1 else []
     table = Table(box=HORIZONTALS, show_edge=False, padding=(0, 1), pad_edge=False)
     table.add_column("stage", justify="right", no_wrap=True)
     table.add_column("modules", overflow="fold")
     table.add_column("ranks", no_wrap=True)
-    if recomputes:
-        table.add_column("recompute", no_wrap=True)
+    for heading in options:
+        table.add_column(heading, no_wrap=True)
     for heading in ("params", "fwd ms", "bwd ms", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, stage in enumerate(plan.stages):
         table.add_row(
             str(index),
             module_range(stage, graph),
-            _ranks(stage),
-            *([stage.recompute] if recomputes else []),
+            short_ranks(stage.ranks),
+            *(getattr(stage, name) for name in options),
             f"{parameter_count(stage, graph) / 1e6:.1f}M",
             f"{stage.predicted_forward_us / 1e3:.2f}",
             f"{stage.predicted_backward_us / 1e3:.2f}",
@@ -42,10 +44,15 @@ def caption(plan: Plan) -> str:
     seconds = plan.step_time_us / 1e6
     rate = f", {plan.batch_size / seconds:.1f} samples/s" if seconds else ""
     line = (
-        f"batch {plan.batch_size} in {plan.microbatches} microbatches, {plan.schedule}, "
+        f"batch {plan.batch_size} in {plan.microbatches} microbatches, {plan.schedule}{_sharded(plan)}, "
         f"predicted step {seconds * 1e3:.1f} ms{rate}"
     )
     return f"{line}\n{plan.why}" if plan.why else line
+
+
+def _sharded(plan: Plan) -> str:
+    kinds = {s.shard for s in plan.stages}
+    return f", sharded {kinds.pop()}" if len(kinds) == 1 and kinds != {"none"} else ""
 
 
 def module_range(stage: StagePlan, graph: Graph) -> str:
@@ -68,10 +75,3 @@ def parameter_count(stage: StagePlan, graph: Graph) -> int:
     """Elements of the parameters that a stage computes with; a tied weight counts in each stage that has it."""
     names = {p for b in graph.blocks[stage.first_block : stage.last_block + 1] for p in b.parameters}
     return sum(graph.parameters[n].numel for n in names)
-
-
-def _ranks(stage: StagePlan) -> str:
-    first, last = stage.ranks[0], stage.ranks[-1]
-    if stage.ranks == tuple(range(first, last + 1)):
-        return str(first) if first == last else f"{first}-{last}"
-    return ", ".join(map(str, stage.ranks))

@@ -65,8 +65,8 @@ def gather(plan: Plan, graph: Graph | None, cluster: Cluster | None, trace: Sequ
     predicts = all(s.predicted_forward_us + s.predicted_backward_us > 0 for s in plan.stages)
     state = None
     if graph is not None:
-        held = segments(graph).state_bytes
-        state = tuple(int(held[s.first_block, s.last_block]) for s in plan.stages)
+        seg = segments(graph)
+        state = tuple(seg.state_bytes(graph, s.shard, (s.first_block, s.last_block), s.replicas) for s in plan.stages)
     return Facts(
         plan,
         graph,

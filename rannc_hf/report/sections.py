@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rannc_hf.partition.stages import in_flight
+from rannc_hf.partition.schedules import in_flight
 from rannc_hf.report.console import parameter_count, size
 from rannc_hf.report.facts import BlockFacts, Facts
 from rannc_hf.report.markup import Html, count, duration, join, legend, plural, rank_list, runs, table, tag
@@ -89,6 +89,8 @@ def _label(facts: Facts, index: int) -> Html:
         details.append(f"{count(parameter_count(stage, facts.graph))} parameters")
     if stage.recompute != "none":
         details.append(f"recompute {stage.recompute}")
+    if stage.shard != "none":
+        details.append(f"sharded {stage.shard}")
     return tag(
         "div", stage_chip(index), tag("p", _modules(facts, index)), tag("p", " · ".join(details)), class_="label"
     )
@@ -136,7 +138,7 @@ def memory(facts: Facts) -> Html:
     full = max([cluster.device.memory_bytes if cluster is not None else 0, *peaks, 1])
     lines = []
     for index, peak in enumerate(peaks):
-        held = in_flight(plan.schedule, len(peaks), index, plan.microbatches)
+        held = in_flight(plan.schedule, index, len(peaks), plan.microbatches)
         states = facts.state_bytes[index] if facts.state_bytes is not None else None
         ranks = plan.stages[index].ranks
         each = "each of " if len(ranks) > 1 else ""
@@ -194,7 +196,7 @@ def runners_up(facts: Facts) -> Html:
     plan = facts.plan
     if not plan.runners_up:
         return tag("p", "The plan names no others: it was written by hand, or nothing else fitted.", class_="note")
-    headings = ("Step", "Stages", "Blocks", "Replicas", "Microbatches", "Schedule", "Recompute", "Why it lost")
+    headings = ("Step", "Stages", "Blocks", "Replicas", "Microbatches", "Schedule", "Recompute", "Shard", "Why it lost")
     own = [s.last_block - s.first_block + 1 for s in plan.stages]
     rows = [
         (
@@ -205,11 +207,13 @@ def runners_up(facts: Facts) -> Html:
             str(plan.microbatches),
             _SCHEDULES[plan.schedule],
             runs([s.recompute for s in plan.stages]),
+            runs([s.shard for s in plan.stages]),
             "this plan",
         )
     ]
     for r in plan.runners_up:
         shape = (str(len(r.blocks)), runs(r.blocks), runs(r.replicas), str(r.microbatches))
         schedule = _SCHEDULES.get(r.schedule, r.schedule)
-        rows.append((duration(r.step_time_us), *shape, schedule, runs(r.recompute), r.reason))
+        shard = runs(r.shard) if r.shard else "–"
+        rows.append((duration(r.step_time_us), *shape, schedule, runs(r.recompute), shard, r.reason))
     return table(headings, rows, "runners", first="best")

@@ -11,12 +11,21 @@ from rannc_hf.report.facts import Facts
 from rannc_hf.report.markup import Html, duration, legend, plural, rank_list, tag
 from rannc_hf.report.sections import STAGE_COLOURS, stage_chip
 
-_CLASSES = {"forward": "f", "backward": "b", "send_act": "ta", "send_grad": "tg", "reduce_grad": "r", "optimizer": "o"}
+_CLASSES = {
+    "forward": "f",
+    "backward": "b",
+    "send_act": "ta",
+    "send_grad": "tg",
+    "send_params": "tp",
+    "reduce_grad": "r",
+    "optimizer": "o",
+}
 _WORDS = {
     "forward": "forward",
     "backward": "backward",
     "send_act": "send activations",
     "send_grad": "send gradients",
+    "send_params": "send parameters",
     "reduce_grad": "reduce gradients",
     "optimizer": "optimizer",
 }

@@ -4,8 +4,9 @@ A trace is JSON: a list of objects, one a span,
 
     {"rank": 0, "stage": 0, "kind": "forward", "microbatch": 3, "start_us": 120.5, "end_us": 480.0}
 
-`kind` is one of `KINDS`. `microbatch` is left out, or null, for "reduce_grad" and "optimizer". Times are microseconds
-from an origin that all ranks share. A trace holds one step: a rank runs each forward and backward at most once.
+`kind` is one of `KINDS`. `microbatch` is left out, or null, for "send_params", "reduce_grad" and "optimizer". Times are
+microseconds from an origin that all ranks share. A trace holds one step: a rank runs each forward and backward at most
+once.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any
 
 from rannc_hf.partition.plan import Plan
 
-KINDS = ("forward", "backward", "send_act", "send_grad", "reduce_grad", "optimizer")
-"""What a span does: compute a microbatch, send its activations or gradients, sum gradients, update parameters."""
-_WHOLE_STEP = ("reduce_grad", "optimizer")
+KINDS = ("forward", "backward", "send_act", "send_grad", "send_params", "reduce_grad", "optimizer")
+"""What a span does: compute a microbatch, send its activations or gradients, send parameters from their owners, sum
+gradients, update parameters."""
+_WHOLE_STEP = ("send_params", "reduce_grad", "optimizer")
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ def make_graph(
 
     def note(node: fx.Node, shape: tuple[int, ...], batch: bool = True, grad: bool = True) -> fx.Node:
         values[node.name] = ValueSpec(shape, dtype, 0 if batch else None, 1, grad)
+        node.meta["needs_grad"] = grad
         return node
 
     x = note(graph.placeholder("x"), (1, seq, hidden), grad=False)

@@ -6,18 +6,20 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 from graphs import make_costs, make_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import all_plans, reference
 
 from rannc_hf.config import RanncConfig
 from rannc_hf.cost.devices import DEVICES, GIB, Link
-from rannc_hf.cost.memory import state_bytes
 from rannc_hf.partition.cluster import Cluster
-from rannc_hf.partition.dp import TOLERANCE, best_candidates
+from rannc_hf.partition.dp import TOLERANCE, best_candidates, fits
+from rannc_hf.partition.problem import Problem
 from rannc_hf.partition.search import PlanError, find_plan
 from rannc_hf.partition.space import limits, microbatch_counts, replica_choices, search
-from rannc_hf.partition.stages import Problem, StageModel
+from rannc_hf.partition.stages import StageModel
 
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -29,81 +31,6 @@ def cluster(nodes, per_node, memory_bytes=10 * GIB, overlaps=True):
     return Cluster(nodes, per_node, device, Link("intra", 1e-6, 1e9), Link("inter", 5e-6, 1e8))
 
 
-# -- the estimate, written out once more from its definition ---------------------------------------------------------
-
-
-def reference(problem, microbatches, schedule, stages):
-    """Estimate in microseconds of stages [(first, last, replicas)], or None where they do not fit."""
-    graph, costs, c = problem.graph, problem.costs, problem.cluster
-    samples = -(-problem.batch_size // microbatches)
-    total = slowest = 0.0
-    rank = 0
-    for index, (first, last, replicas) in enumerate(stages):
-        share = -(-samples // replicas)
-        blocks = graph.blocks[first : last + 1]
-        cost = [costs.of(b, share) for b in blocks]
-        forward, backward = sum(k.forward_us for k in cost), sum(k.backward_us for k in cost)
-        names = {p for b in blocks for p in b.parameters}
-        received = sum(
-            graph.values[v].bytes_at(share)
-            for v in {v for b in blocks for v in (*b.inputs, *b.preamble)}
-            if v in graph.preamble or graph.producer(v) < first
-        )
-        held = microbatches if schedule == "gpipe" else min(microbatches, len(stages) - index)
-        state = sum(state_bytes(graph, p) for p in names)
-        extra = max(k.workspace_bytes for k in cost) + received
-        none = state + held * (received + sum(k.saved_bytes for k in cost)) + extra
-        again = state + held * (received + sum(k.output_bytes for k in cost)) + extra + max(k.saved_bytes for k in cost)
-        limit = problem.memory_bytes
-        if none <= limit and problem.config.recompute != "blocks":
-            time = forward + backward
-        elif again <= limit and problem.config.recompute != "none":
-            time = 2 * forward + backward
-        else:
-            return None
-        node = [r // c.devices_per_node for r in range(c.size)]
-        spans = node[rank] != node[rank + replicas - 1]
-
-        def moved(boundary, inside, outside, spans=spans, share=share, node=node):
-            crossing = [
-                v
-                for b in graph.blocks[:boundary]
-                for v in b.outputs
-                if any(v in later.inputs for later in graph.blocks[boundary:])
-            ]
-            if not crossing:
-                return 0.0
-            far = spans or node[inside] != node[outside]
-            size = sum(graph.values[v].bytes_at(samples if far else share) for v in crossing)
-            return (c.inter if far else c.intra).time_us(size)
-
-        into = moved(first, rank, rank - 1) if index else 0.0
-        out = moved(last + 1, rank + replicas - 1, rank + replicas) if index + 1 < len(stages) else 0.0
-        trained = sum(graph.parameters[p].numel for p in names)
-        link = c.inter if spans else c.intra
-        reduce = 0.0
-        if replicas > 1:
-            messages = 2 * (replicas - 1) * link.latency_s * len(blocks)
-            reduce = (messages + 2 * (replicas - 1) / replicas * 4 * trained / link.bandwidth) * 1e6
-        hidden = backward * (1 - 1 / len(blocks)) if c.device.overlaps else 0.0
-        optimizer = trained * 44 / c.device.memory_bandwidth * 1e6 + len(names) * 2.5 * c.device.kernel_us
-        tail = max(reduce / len(blocks), reduce - hidden) + optimizer
-        each = max(time, into + out) if schedule == "gpipe" else time + into + out
-        total += time + 2 * into
-        slowest = max(slowest, (microbatches - 1) * each + tail)
-        rank += replicas
-    return total + slowest
-
-
-def all_stages(blocks, devices, most_replicas):
-    for count in range(1, min(blocks, devices) + 1):
-        for cuts in itertools.combinations(range(1, blocks), count - 1):
-            bounds = [0, *cuts, blocks]
-            for replicas in itertools.product(range(1, most_replicas + 1), repeat=count):
-                if sum(replicas) == devices:
-                    yield [(a, b - 1, r) for a, b, r in zip(bounds, bounds[1:], replicas)]
-
-
 @st.composite
 def problems(draw):
     n = draw(st.integers(2, 5))
@@ -113,31 +40,34 @@ def problems(draw):
     tied = [(0, n - 1)] if draw(st.booleans()) else []
     if tied:
         widths[-1] = widths[0]
-    graph = make_graph(widths, skips=skips, tied=tied)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    graph = make_graph(widths, skips=skips, tied=tied, dtype=dtype)
     times = draw(st.lists(st.floats(0.5, 50), min_size=n, max_size=n))
     costs = make_costs(graph, times, saved=draw(st.sampled_from([100, 2000])))
-    nodes, per_node = draw(st.sampled_from([(1, 2), (1, 4), (2, 2), (1, 3), (2, 3)]))
-    memory = draw(st.sampled_from([10 * GIB, 60_000, 30_000, 20_000]))
+    nodes, per_node = draw(st.sampled_from([(1, 2), (1, 4), (2, 2), (1, 3), (2, 3), (3, 2)]))
+    memory = draw(st.sampled_from([10 * GIB, 80_000, 60_000, 40_000, 30_000, 20_000]))
     batch = draw(st.sampled_from([4, 6, 8, 12]))
-    config = RanncConfig(recompute=draw(st.sampled_from(["auto", "none", "blocks"])))
+    kinds = ["auto", "auto", "none", "optimizer", "gradients", "parameters"]
+    config = RanncConfig(
+        recompute=draw(st.sampled_from(["auto", "auto", "none", "blocks"])), shard=draw(st.sampled_from(kinds))
+    )
     return Problem(graph, costs, cluster(nodes, per_node, memory, draw(st.booleans())), batch, config)
 
 
 @SETTINGS
 @given(problems(), st.sampled_from(["1f1b", "gpipe"]))
 def test_search_equals_brute_force(problem, schedule):
-    blocks, devices = problem.segments.count, problem.cluster.size
     least = {}
     for microbatches in microbatch_counts(problem):
-        most = min(devices, problem.batch_size // microbatches)
         estimates = [
             e
-            for stages in all_stages(blocks, devices, most)
-            if (e := reference(problem, microbatches, schedule, stages)) is not None
+            for placement, stages in all_plans(problem, microbatches)
+            if (e := reference(problem, microbatches, schedule, placement, stages)) is not None
         ]
         expected = min(estimates, default=None)
         model = StageModel(problem, microbatches, replica_choices(problem, microbatches))
         found = best_candidates(model, schedule, limits(problem), float("inf"), tolerance=0)
+        assert fits(model, schedule, limits(problem)) == (expected is not None)
         if expected is None:
             assert not found
             continue
@@ -146,10 +76,10 @@ def test_search_equals_brute_force(problem, schedule):
         tight = best_candidates(model, schedule, limits(problem), expected * (1 + 1e-6), tolerance=0)
         assert tight and tight[0].estimate_us == pytest.approx(expected, rel=1e-9)
         for c in found:
-            assert c.estimate_us == pytest.approx(reference(problem, microbatches, schedule, c.stages), rel=1e-9)
+            again = reference(problem, microbatches, schedule, c.placement, c.stages)
+            assert c.estimate_us == pytest.approx(again, rel=1e-9)
         least[microbatches] = expected
-    config = RanncConfig(recompute=problem.config.recompute, schedule=schedule)
-    candidates = search(replace(problem, config=config), {})
+    candidates = search(replace(problem, config=replace(problem.config, schedule=schedule)), {})
     assert bool(candidates) == bool(least)
     if least:
         assert candidates[0].estimate_us <= min(least.values()) * (1 + 2 * TOLERANCE)
@@ -163,8 +93,13 @@ def test_every_plan_is_valid(problem):
     except PlanError:
         return
     plan.check(problem.graph, problem.cluster.size)
+    assert all(s.replicas <= problem.batch_size // plan.microbatches for s in plan.stages)
+    run = [b for s in plan.stages for b in range(s.first_block, s.last_block + 1)]
+    assert run == list(range(len(problem.graph.blocks)))
+    for stage in plan.stages:
+        assert stage.replicas > 1 or stage.shard == "none"
+        assert stage.replicas == 1 or problem.config.shard in ("auto", stage.shard)
     assert all(s.predicted_memory_bytes <= problem.memory_bytes for s in plan.stages)
-    assert [r for s in plan.stages for r in s.ranks] == list(range(problem.cluster.size))
     placed = {
         p for s in plan.stages for b in problem.graph.blocks[s.first_block : s.last_block + 1] for p in b.parameters
     }
@@ -183,6 +118,28 @@ def test_more_memory_is_never_slower(problem):
 
     device = problem.cluster.device
     steps = [step(m) for m in (20_000, 40_000, 80_000, 10 * GIB)]
+    assert all(b <= a * (1 + 2 * TOLERANCE) for a, b in itertools.pairwise(steps))
+
+
+FREE = Link("free", 0.0, float("inf"))
+
+
+@SETTINGS
+@given(problems(), st.sampled_from([8, 16]))
+def test_twice_the_devices_are_never_slower_where_links_cost_nothing(problem, batch):
+    """Twice the replicas of each stage and half the microbatches: each device does half the work at the same pace.
+
+    With links that cost something this does not hold: a reduction over more ranks takes longer.
+    """
+
+    def step(devices):
+        larger = replace(problem.cluster, nodes=1, devices_per_node=devices, intra=FREE, inter=FREE)
+        try:
+            return search(replace(problem, cluster=larger, batch_size=batch), {})[0].estimate_us
+        except (ValueError, IndexError):
+            return float("inf")
+
+    steps = [step(devices) for devices in (1, 2, 4)]
     assert all(b <= a * (1 + 2 * TOLERANCE) for a, b in itertools.pairwise(steps))
 
 
@@ -221,9 +178,9 @@ def test_the_plan_says_what_it_predicts():
 
 
 def test_memory_that_lacks_brings_recomputation():
-    roomy = plan_with(stages=1, microbatches=4)
+    roomy = plan_with(stages=1, microbatches=4, shard="none")
     need = roomy.stages[0].predicted_memory_bytes
-    tight = plan_with(stages=1, microbatches=4, memory_limit_gib=0.93 * need / GIB)
+    tight = plan_with(stages=1, microbatches=4, shard="none", memory_limit_gib=0.93 * need / GIB)
     assert roomy.stages[0].recompute == "none"
     assert tight.stages[0].recompute == "blocks"
     assert tight.stages[0].predicted_memory_bytes <= 0.93 * need
@@ -265,8 +222,14 @@ def test_what_does_not_fit_says_what_would():
 
 
 def test_a_remedy_really_helps():
-    need = max(s.predicted_memory_bytes for s in plan_with(stages=1, microbatches=8).stages)
-    options = {"stages": 1, "recompute": "none", "microbatches": 8, "memory_limit_gib": 0.9 * need / GIB}
+    need = max(s.predicted_memory_bytes for s in plan_with(stages=1, microbatches=8, shard="none").stages)
+    options = {
+        "stages": 1,
+        "recompute": "none",
+        "microbatches": 8,
+        "memory_limit_gib": 0.9 * need / GIB,
+        "shard": "none",
+    }
     with pytest.raises(PlanError) as caught:
         plan_with(**options)
     assert "`recompute: auto` instead of none" in str(caught.value)

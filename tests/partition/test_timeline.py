@@ -31,6 +31,9 @@ def planned(cluster, **options):
         {"stages": 3, "schedule": "gpipe"},
         {"stages": 4, "microbatches": 8},
         {"stages": 2, "recompute": "blocks"},
+        {"stages": 1, "shard": "optimizer"},
+        {"stages": 2, "shard": "gradients"},
+        {"stages": 1, "shard": "parameters", "recompute": "blocks"},
     ],
 )
 def test_it_lasts_as_long_as_the_planner_said(options, cluster):
@@ -44,6 +47,7 @@ def test_it_lasts_as_long_as_the_planner_said(options, cluster):
         kinds = Counter(e.kind for e in result.events if e.stage == index)
         assert kinds["forward"] == kinds["backward"] == plan.microbatches
         assert kinds["optimizer"] == 1 and kinds["reduce_grad"] == (stage.replicas > 1)
+        assert kinds["send_params"] == (stage.shard in ("optimizer", "gradients"))
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
@@ -62,14 +66,32 @@ def test_messages_are_those_of_the_engine(schedule):
 
 
 def test_gradients_are_reduced_while_the_last_backward_runs():
-    plan = planned(FAST, stages=1)
+    plan = planned(FAST, stages=1, shard="none")
     events = {e.kind: e for e in timeline(plan, GRAPH, FAST).events}
     size = sum(4 * p.numel for p in GRAPH.parameters.values())
-    reduce, link, ranks = events["reduce_grad"], FAST.inter, 4
-    # One message a block, each in a ring.
-    latency = 2 * (ranks - 1) * link.latency_s * 1e6 * (len(GRAPH.blocks) - 1)
-    assert reduce.end_us - reduce.start_us == pytest.approx(link.all_reduce_us(size, ranks) + latency)
+    reduce = events["reduce_grad"]
+    # Half of the buffer stays in a node in each direction, half of it goes to the other node; one message a block.
+    moved = size / 2 / FAST.intra.bandwidth + size / 2 / FAST.inter.bandwidth
+    latency = len(GRAPH.blocks) * (FAST.intra.latency_s + FAST.inter.latency_s)
+    assert reduce.end_us - reduce.start_us == pytest.approx(2 * (moved + latency) * 1e6)
     assert reduce.start_us < events["backward"].end_us < reduce.end_us == events["optimizer"].start_us
+
+
+def test_owners_send_their_parameters_at_the_beginning():
+    plan = planned(FAST, stages=1, shard="optimizer")
+    events = timeline(plan, GRAPH, FAST).events
+    sent = next(e for e in events if e.kind == "send_params")
+    assert sent.start_us == 0 < sent.end_us == min(e.start_us for e in events if e.kind == "forward")
+    assert not [e for e in timeline(planned(FAST, stages=1, shard="none"), GRAPH, FAST).events if e.kind == sent.kind]
+
+
+def test_tied_weights_end_the_step():
+    graph = make_graph([8, 16, 24, 8], tied=[(0, 3)])
+    costs = make_costs(graph, [40, 50, 60, 70], device="H100")
+    plan = find_plan(graph, costs, FAST, 32, RanncConfig(stages=4))
+    events = [e for e in timeline(plan, graph, FAST).events if e.kind == "reduce_grad"]
+    assert [e.stage for e in events] == [0, 3], "one replica each: nothing else is reduced"
+    assert events[0].start_us == events[1].start_us and events[0].end_us == events[1].end_us
 
 
 def test_without_graph_or_cluster_computes_alone():

@@ -36,7 +36,17 @@ def test_stages_are_shown_over_modules():
 
 
 def test_no_column_for_what_is_not_done():
-    assert "recompute" not in printed(StagePlan(0, 3, (0,)))
+    out = printed(StagePlan(0, 3, (0,)))
+    assert "recompute" not in out and "shard" not in out
+
+
+def test_sharding_and_placement():
+    same = [StagePlan(0, 1, (0, 1, 4, 5), shard="optimizer"), StagePlan(2, 3, (2, 3, 6, 7), shard="optimizer")]
+    out = printed(*same)
+    assert "0-1, 4-5" in out and "2-3, 6-7" in out
+    assert "1f1b, sharded optimizer, predicted" in " ".join(out.split())
+    mixed = printed(same[0], StagePlan(2, 3, (2, 3, 6, 7), shard="parameters")).splitlines()
+    assert "shard" in mixed[0] and any("2-3, 6-7" in line and "parameters" in line for line in mixed)
 
 
 def test_a_tied_weight_counts_once_in_a_stage():

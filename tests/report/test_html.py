@@ -123,7 +123,7 @@ def test_all_of_the_plan_is_there(tmp_path):
         assert runner.reason in found.text
     rows = [attributes.get("class") for tag, attributes in found.elements if tag == "table"]
     assert rows == ["plain", "runners"]
-    assert "2.00 s 1 6 4 2 GPipe blocks half as fast" in found.text
+    assert "2.00 s 1 6 4 2 GPipe blocks – half as fast" in found.text
     for text in ("a model", PLAN.why, "1F1B", "8 microbatches of 4", "limit for a plan", PLAN.graph_hash):
         assert " ".join(text.split()) in found.text
 
@@ -142,7 +142,7 @@ def test_blocks_of_a_stage_add_up_to_what_the_plan_predicts(tmp_path):
 @pytest.mark.parametrize("recompute", ["none", "blocks"])
 def test_times_of_blocks_are_those_the_planner_used(recompute):
     costs = analytic_costs(GRAPH, CLUSTER.device, 32)
-    config = RanncConfig(stages=2, microbatches=2, recompute=recompute)
+    config = RanncConfig(stages=2, microbatches=2, recompute=recompute, shard="none")
     plan = find_plan(GRAPH, costs, CLUSTER, 32, config)
     for stage, blocks in zip(plan.stages, gather(plan, GRAPH, CLUSTER, ()).blocks):
         for found in blocks:
@@ -160,7 +160,9 @@ def test_timeline_has_the_actions_of_the_schedule(tmp_path, schedule):
     assert [kind for kind, _ in rows] == ["predicted"] * 3
     for index, ((_, spans), actions) in enumerate(zip(rows, lower(schedule, 3, 4, edges))):
         wanted = Counter((KINDS[a.kind], str(a.microbatch)) for a in actions if a.kind in KINDS)
-        ends = Counter({("o", None): 1}) + Counter({("r", None): int(plan.stages[index].replicas > 1)})
+        several, shard = plan.stages[index].replicas > 1, plan.stages[index].shard
+        ends = Counter({("o", None): 1}) + Counter({("r", None): int(several)})
+        ends += Counter({("tp", None): int(shard in ("optimizer", "gradients"))})
         assert Counter((kind, a.get("data-m")) for kind, a in spans) == wanted + ends
         assert Action(ActionKind.REDUCE_GRAD, index) in actions
         order = [(kind, a["data-m"]) for kind, a in sorted(spans, key=start_of) if kind in "fb"]
@@ -296,5 +298,5 @@ def test_of_many_ranks_the_first_and_the_slowest_are_drawn(tmp_path):
 def test_too_many_messages_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr("rannc_hf.report.spans._MOST_SPANS", 10)
     found = page(tmp_path)
-    assert {kind for _, spans in found.rows for kind, _ in spans} <= {"f", "b", "r", "o"}
+    assert {kind for _, spans in found.rows for kind, _ in spans} <= {"f", "b", "r", "o", "tp"}
     assert "Messages are left out" in found.text and "send activations" not in found.text

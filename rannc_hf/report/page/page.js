@@ -3,7 +3,7 @@ document.documentElement.classList.add("script");
 
 const tip = document.getElementById("tip");
 const kinds = {
-  f: "forward", b: "backward", ta: "send activations", tg: "send gradients", r: "reduce gradients", o: "optimizer",
+  f: "forward", b: "backward", ta: "send activations", tg: "send gradients", tp: "send parameters", r: "reduce gradients", o: "optimizer",
 };
 
 // Own tooltips also open on a tap; the ones of the browser would appear beside them.
