@@ -70,8 +70,8 @@ class ParameterStore:
     def refresh(self) -> None:
         """Bring compute copies up to date with the masters, before the forwards of a step. Collective.
 
-        It is done in every step, also where no optimizer has stepped since: a write through `parameter.data` leaves no
-        trace, so that there is no telling whether a master has changed.
+        It is done in every step, also where no optimizer has stepped since: fused optimizers and writes through
+        `parameter.data` move no version counter, so that there is no telling whether a master has changed.
         """
         self.compute.refresh()
 
