@@ -4,8 +4,9 @@
 
 state: masters, gradient sums, two moments and copies to compute with, by what the replicas divide among them (`state`).
 kept activations: what autograd keeps of a microbatch, or with recomputation the inputs of each block; and what was
-received. workspace: what one block needs while it runs, with recomputation also what it keeps. transient: gradients and
-copies of a block that are not kept but are on their way to or from their owners (`transient`).
+received. workspace: what one block needs while it runs, with recomputation also what it keeps, less what blocks after
+it do not hold then; and workspaces of libraries. transient: gradients and copies of a block that are not kept but are
+on their way to or from their owners (`transient`).
 """
 
 from __future__ import annotations

@@ -152,14 +152,18 @@ class StageModel:
 
     def _base(self, i: int) -> Base:
         held, received = self.problem.segments.holdings, self.problem.segments.received
+        library = self.problem.cluster.device.library_bytes
         shares, r = np.array(self.shares)[:, None], np.array(self.replicas, dtype=np.float64)[:, None]
         arriving = received.constant[i, i:] + received.per_sample[i, i:] * shares
-        largest = np.maximum.accumulate(self.workspace[:, i:], axis=1) + arriving
-        once = np.maximum.accumulate(self.saved[:, i:], axis=1)
-        held_back = {"none": self.saved, "blocks": self.output}
-        kept = {name: np.cumsum(values[:, i:], axis=1) + arriving for name, values in held_back.items()}
-        # One block is computed again at a time.
-        extra = {"none": largest, "blocks": largest + once}
+        workspace, saved, output = (a[:, i:] for a in (self.workspace, self.saved, self.output))
+        # With recomputation, one block is computed again at a time.
+        held_back = {"none": (saved, workspace), "blocks": (output, saved + workspace)}
+        kept, extra = {}, {}
+        for name, (values, needed) in held_back.items():
+            sums = np.cumsum(values, axis=1)
+            kept[name] = sums + arriving
+            # While a block runs, those after it hold nothing yet, or nothing any more.
+            extra[name] = np.maximum.accumulate(sums + needed, axis=1) - sums + arriving + library
         owned = owned_elements_bound(held.elements[i, i:], held.largest[i, i:], r)
         flight = {}
         for choice in self.problem.choices:

@@ -85,7 +85,8 @@ def test_sharding_is_used_where_memory_lacks_and_named_where_it_is_forbidden():
     cluster = Cluster.parse("4xH100")
     need = max(s.predicted_memory_bytes for s in find_plan(
         graph, costs, cluster, 32, RanncConfig(stages=1, shard="none", recompute="none")).stages)  # fmt: skip
-    limit = {"stages": 1, "recompute": "none", "memory_limit_gib": 0.7 * need / GIB}
+    library = cluster.device.library_bytes
+    limit = {"stages": 1, "recompute": "none", "memory_limit_gib": (0.7 * (need - library) + library) / GIB}
     plan = find_plan(graph, costs, cluster, 32, RanncConfig(**limit))
     assert plan.stages[0].shard != "none" and "sharded" in plan.why
     with pytest.raises(ValueError, match="`shard: auto` instead of none"):
