@@ -69,10 +69,12 @@ def _block_cost(graph: Graph, block: Block, device: Device, samples: int) -> Blo
     backward += accumulation_us(graph, block, device)
     backward_kernels += len(_trained(graph, block))
     memory = block_memory(graph, block, samples, cpu=device.is_cpu)
+    forward = max(forward, forward_kernels * device.host_us)
     return BlockCost(
         samples,
-        max(forward, forward_kernels * device.host_us),
+        forward,
         max(backward, backward_kernels * device.host_us),
+        forward,
         memory.saved,
         memory.output,
         memory.workspace,

@@ -33,7 +33,7 @@ class Header:
 
     block: str
     kind: str
-    """"measured", or "compiled-N": at N samples, of blocks that `torch.compile` made."""
+    """"measured"; "compiled-N" or "compiled-recomputed-N": at N samples, of blocks that `torch.compile` made."""
     dtype: str
     device: str
     memory_bytes: int
@@ -106,17 +106,19 @@ class CostCache:
             graph, where, "measured", max_samples, lambda part: measured_costs(part, device, where, max_samples)
         )
 
-    def compiled(self, graph: Graph, device: Device, where: torch.device, samples: int) -> tuple[CostTable, Hits]:
-        """Costs of compiled blocks at `samples` samples.
+    def compiled(
+        self, graph: Graph, device: Device, where: torch.device, samples: int, recompute: bool
+    ) -> tuple[CostTable, Hits]:
+        """Costs of compiled blocks at `samples` samples, of computing them again too where `recompute`.
 
         Raises ValueError where a block does not fit.
         """
         return self._costs(
             graph,
             where,
-            f"compiled-{samples}",
+            f"compiled-{'recomputed-' if recompute else ''}{samples}",
             samples,
-            lambda part: measured_costs(part, device, where, [samples], compiled=True),
+            lambda part: measured_costs(part, device, where, [samples], compiled=True, recompute=recompute),
         )
 
     def _costs(

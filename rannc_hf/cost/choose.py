@@ -57,19 +57,26 @@ def labelled_share(graph: Graph, batch: Mapping[str, torch.Tensor], head: Sparse
 
 
 def compiled_costs(
-    costs: CostTable, graph: Graph, where: torch.device, samples: Collection[int], *, cached: bool = True
+    costs: CostTable,
+    graph: Graph,
+    where: torch.device,
+    samples: Collection[int],
+    *,
+    recompute: bool = True,
+    cached: bool = True,
 ) -> CostTable:
     """`costs` as they are for blocks that `torch.compile` has made.
 
     Compiling takes seconds a block and size, so that they are measured at `samples` only; at other sizes each of a
-    block's costs is taken to change by the same factor as at the nearest of these.
+    block's costs is taken to change by the same factor as at the nearest of these. `recompute`: whether computing
+    forwards again is measured too, which compiles them once more.
     """
     points = {key: list(old) for key, old in costs.points.items()}
     for size in sorted(samples):
         if cached:
-            made, _ = CostCache().compiled(graph, costs.device, where, size)
+            made, _ = CostCache().compiled(graph, costs.device, where, size, recompute)
         else:
-            made = measured_costs(graph, costs.device, where, [size], compiled=True)
+            made = measured_costs(graph, costs.device, where, [size], compiled=True, recompute=recompute)
         for key, (new,) in made.points.items():
             near = [p for p in costs.points[key] if _nearest(p.samples, samples) == size]
             old = costs.of_key(key, size)
@@ -86,7 +93,7 @@ def _nearest(size: int, samples: Collection[int]) -> int:
 def _scaled(point: BlockCost, old: BlockCost, new: BlockCost) -> BlockCost:
     """`point` with each cost changed by its factor from `old` to `new`."""
     changed: dict[str, Any] = {}
-    for field in ("forward_us", "backward_us", "saved_bytes", "output_bytes", "workspace_bytes"):
+    for field in ("forward_us", "backward_us", "again_us", "saved_bytes", "output_bytes", "workspace_bytes"):
         before, after = getattr(old, field), getattr(new, field)
         value = getattr(point, field) * (after / before if before else 1.0)
         changed[field] = value if field.endswith("us") else round(value)

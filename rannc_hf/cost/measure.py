@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +11,7 @@ import torch
 
 from rannc_hf.capture.graph import Block, Graph, ValueSpec
 from rannc_hf.capture.instantiate import block_function
+from rannc_hf.capture.recompute import recomputed
 from rannc_hf.cost.analytic import main_dtype
 from rannc_hf.cost.devices import Device
 from rannc_hf.cost.memory import BlockMemory, block_memory, nodes_by_name
@@ -26,9 +27,16 @@ _REPEATS = 20
 _ENOUGH_US = 2e5
 """Larger numbers of samples are left to extrapolation once a forward and backward takes this long, twice."""
 
+Forward = Callable[[], Sequence[torch.Tensor]]
+
 
 def measured_costs(
-    graph: Graph, device: Device, where: torch.device, samples: int | Collection[int], compiled: bool = False
+    graph: Graph,
+    device: Device,
+    where: torch.device,
+    samples: int | Collection[int],
+    compiled: bool = False,
+    recompute: bool = True,
 ) -> CostTable:
     """Costs of the unique blocks of `graph` on `where`.
 
@@ -36,7 +44,8 @@ def measured_costs(
     for the powers of two up to it. Times are those of the engine's own calls: seeded random numbers, and gradients
     added to sums in the masters' precision. Memory is what the allocator counted on CUDA, and follows from the graph on
     a CPU. A block that does not fit with so many samples, or takes long, is measured with fewer. `compiled` measures
-    blocks as `torch.compile` makes them.
+    blocks as `torch.compile` makes them. Without `recompute`, computing a forward again is not measured, but taken to
+    last as long as the forward.
 
     Raises ValueError where a block does not fit with the least number of samples.
     """
@@ -45,28 +54,38 @@ def measured_costs(
     names: dict[str, str] = {}
     for block in graph.blocks:
         if block.key not in points:
-            points[block.key] = _measure(graph, block, device, where, sizes, compiled)
+            points[block.key] = _measure(_Subject(graph, block, where, compiled, recompute), device, sizes)
             names[block.key] = block.name
     return CostTable(device, main_dtype(graph), points, names, "measured")
 
 
-def _measure(
-    graph: Graph, block: Block, device: Device, where: torch.device, sizes: Collection[int], compiled: bool
-) -> tuple[BlockCost, ...]:
+@dataclass(frozen=True)
+class _Subject:
+    """A block, and what is measured of it where."""
+
+    graph: Graph
+    block: Block
+    where: torch.device
+    compiled: bool
+    recompute: bool
+
+
+def _measure(subject: _Subject, device: Device, sizes: Collection[int]) -> tuple[BlockCost, ...]:
     points: list[BlockCost] = []
     slow = 0
     for samples in sizes:
         try:
-            point = _point(graph, block, samples, device, where, compiled)
+            point = _point(subject, samples, device)
         except torch.OutOfMemoryError:
             if not points:
+                block = subject.block
                 raise ValueError(
-                    f"block {block.index} ({block.name}) does not fit on {where} with {samples} sample"
+                    f"block {block.index} ({block.name}) does not fit on {subject.where} with {samples} sample"
                     f"{'s' * (samples > 1)}"
                 ) from None
             break
         finally:
-            if where.type == "cuda":
+            if subject.where.type == "cuda":
                 torch.cuda.empty_cache()
         points.append(point)
         slow += point.forward_us + point.backward_us > _ENOUGH_US
@@ -75,15 +94,27 @@ def _measure(
     return tuple(points)
 
 
-def _point(graph: Graph, block: Block, samples: int, device: Device, where: torch.device, compiled: bool) -> BlockCost:
-    trial = _Trial(graph, block, samples, where, compiled)
+def _point(subject: _Subject, samples: int, device: Device) -> BlockCost:
+    trial = _Trial(subject.graph, subject.block, samples, subject.where, subject.compiled)
+    forward, backward, memory = _timed(trial, trial.forward, device)
+    again = forward
+    if subject.recompute:
+        ahead, back, _ = _timed(trial, trial.forward_to_recompute, device)
+        again = max(0.0, ahead + back - forward - backward)
+    return BlockCost(samples, forward, backward, again, *memory)
+
+
+def _timed(trial: _Trial, forward: Forward, device: Device) -> tuple[float, float, BlockMemory]:
     # The first run loads kernels and fills the allocator's cache.
-    trial.backward(trial.forward())
-    memory = _memory(trial) if where.type == "cuda" else block_memory(graph, block, samples, cpu=device.is_cpu)
-    forward, backward = _times_us(trial, 1)
-    repeats = _repeats(forward + backward, memory.saved, where)
-    rounds = [_times_us(trial, repeats) for _ in range(_ROUNDS)]
-    return BlockCost(samples, min(f for f, _ in rounds), min(b for _, b in rounds), *memory)
+    trial.backward([forward()])
+    memory = (
+        _memory(trial, forward)
+        if trial.where.type == "cuda"
+        else block_memory(trial.graph, trial.block, trial.samples, cpu=device.is_cpu)
+    )
+    repeats = _repeats(sum(_times_us(trial, forward, 1)), memory.saved, trial.where)
+    rounds = [_times_us(trial, forward, repeats) for _ in range(_ROUNDS)]
+    return min(f for f, _ in rounds), min(b for _, b in rounds), memory
 
 
 def _repeats(time_us: float, saved: int, where: torch.device) -> int:
@@ -151,14 +182,23 @@ class _Trial:
         }
 
     def forward(self) -> Sequence[torch.Tensor]:
+        return self._seeded(*self.parameters.values(), *self.inputs)
+
+    def forward_to_recompute(self) -> Sequence[torch.Tensor]:
+        """A forward whose backward computes it again."""
+        flows = [self.graph.values[name].needs_grad for name in self.block.outputs]
+        return recomputed(self._seeded, [*self.parameters.values(), *self.inputs], flows)
+
+    def _seeded(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.block.random:
             torch.manual_seed(0)
-        return self.function(*self.parameters.values(), *self.inputs)
+        return self.function(*arguments)
 
-    def backward(self, outputs: Sequence[torch.Tensor]) -> None:
-        heads = [i for i in self.gradients if outputs[i].requires_grad]
+    def backward(self, runs: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Backwards of several forwards in one call, as the blocks of a stage have one."""
+        heads = [(outputs[i], g) for outputs in runs for i, g in self.gradients.items() if outputs[i].requires_grad]
         if heads:
-            torch.autograd.backward([outputs[i] for i in heads], [self.gradients[i] for i in heads])
+            torch.autograd.backward([h for h, _ in heads], [g for _, g in heads])
         for leaf in self.inputs:
             leaf.grad = None
 
@@ -167,33 +207,32 @@ class _Trial:
             torch.cuda.synchronize(self.where)
 
 
-def _times_us(trial: _Trial, repeats: int) -> tuple[float, float]:
+def _times_us(trial: _Trial, forward: Forward, repeats: int) -> tuple[float, float]:
     """Microseconds of a forward and of a backward when many follow each other."""
     trial.synchronize()
     started = time.perf_counter()
-    outputs = [trial.forward() for _ in range(repeats)]
+    runs = [forward() for _ in range(repeats)]
     trial.synchronize()
     middle = time.perf_counter()
-    while outputs:
-        trial.backward(outputs.pop())
+    trial.backward(runs)
     trial.synchronize()
     ended = time.perf_counter()
     return (middle - started) / repeats * 1e6, (ended - middle) / repeats * 1e6
 
 
-def _memory(trial: _Trial) -> BlockMemory:
+def _memory(trial: _Trial, forward: Forward) -> BlockMemory:
     """What the allocator counts for one forward and backward."""
     where = trial.where
     # Gradients of outputs exist only while a backward runs, and count as its workspace.
     trial.__dict__.pop("gradients", None)
     before = torch.cuda.memory_allocated(where)
     torch.cuda.reset_peak_memory_stats(where)
-    outputs = trial.forward()
+    outputs = forward()
     after, forward_peak = torch.cuda.memory_allocated(where), torch.cuda.max_memory_allocated(where)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in outputs}
     saved = after - before
     torch.cuda.reset_peak_memory_stats(where)
-    trial.backward(outputs)
+    trial.backward([outputs])
     peak = max(forward_peak, torch.cuda.max_memory_allocated(where))
     return BlockMemory(saved, min(saved, sum(storages.values())), peak - after)
 

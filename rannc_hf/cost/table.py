@@ -24,6 +24,8 @@ class BlockCost:
     samples: int
     forward_us: float
     backward_us: float
+    again_us: float
+    """What a backward takes longer when the forward is computed again in it."""
     saved_bytes: int
     """What autograd keeps between the forward and the backward, inputs from other blocks and parameters excepted."""
     output_bytes: int
@@ -104,6 +106,7 @@ class CostTable:
             samples,
             low.forward_us + part * (high.forward_us - low.forward_us),
             low.backward_us + part * (high.backward_us - low.backward_us),
+            low.again_us + part * (high.again_us - low.again_us),
             _between(low.saved_bytes, high.saved_bytes, part),
             _between(low.output_bytes, high.output_bytes, part),
             _between(low.workspace_bytes, high.workspace_bytes, part),

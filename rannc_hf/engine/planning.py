@@ -63,7 +63,8 @@ def _with_compiled_costs(
             break
         sizes |= missing
         try:
-            compiled = compiled_costs(costs, graph, device, sizes)
+            again = any(stage.recompute != "none" for stage in plan.stages)
+            compiled = compiled_costs(costs, graph, device, sizes, recompute=again)
         except COMPILER_ERRORS as error:
             logger.warning("rannc: planned with the costs of uncompiled blocks: %s", reason_of(error))
             break

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from rannc_hf.capture.graph import Block
+from rannc_hf.capture.recompute import recomputed
 from rannc_hf.engine.functions import BlockFunction, Functions, Tensors
 from rannc_hf.engine.gathering import StageParameters
 from rannc_hf.engine.program import StageProgram
-from rannc_hf.engine.recompute import recomputed
 
 
 @dataclass

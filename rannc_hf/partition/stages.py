@@ -41,6 +41,8 @@ class Base:
 
     forward: Floats
     backward: Floats
+    again: Floats
+    """What computing forwards again adds to backwards."""
     kept: dict[str, Floats]
     """Bytes of activations of a microbatch, by recomputation."""
     extra: dict[str, Floats]
@@ -101,8 +103,12 @@ class StageModel:
         def rows(name: str) -> Floats:
             return np.array([[getattr(c, name) for c in costs[share]] for share in self.shares], dtype=np.float64)
 
-        self.forward, self.backward = rows("forward_us"), rows("backward_us")
+        self.forward, self.backward, self.again = (rows(f"{name}_us") for name in ("forward", "backward", "again"))
         self.saved, self.output, self.workspace = rows("saved_bytes"), rows("output_bytes"), rows("workspace_bytes")
+        sizes = problem.segments.sizes
+        trained = ([sizes[p].copy for p in b.parameters if sizes[p].trained] for b in problem.graph.blocks)
+        self.gradients = np.array([float(sum(each)) for each in trained])
+        """[block] bytes of a microbatch's gradients of its parameters."""
         each = self.forward + self.backward
         self.work = (each * np.array(self.replicas)[:, None]).min(axis=0)
         self.fastest = each.min(axis=0)
@@ -156,8 +162,8 @@ class StageModel:
         shares, r = np.array(self.shares)[:, None], np.array(self.replicas, dtype=np.float64)[:, None]
         arriving = received.constant[i, i:] + received.per_sample[i, i:] * shares
         workspace, saved, output = (a[:, i:] for a in (self.workspace, self.saved, self.output))
-        # With recomputation, one block is computed again at a time.
-        held_back = {"none": (saved, workspace), "blocks": (output, saved + workspace)}
+        # With recomputation, one block is computed again at a time, and all its gradients come at once.
+        held_back = {"none": (saved, workspace), "blocks": (output, saved + workspace + self.gradients[i:])}
         kept, extra = {}, {}
         for name, (values, needed) in held_back.items():
             sums = np.cumsum(values, axis=1)
@@ -172,8 +178,8 @@ class StageModel:
             room = self.problem.memory_bytes - state - extra[choice.recompute]
             allowed = np.array([[self.problem.allows(shard, k)] for k in self.replicas])
             flight[choice] = np.where(allowed, np.floor(room / (kept[choice.recompute] + 1e-9)), -1.0)
-        forward, backward = (np.cumsum(times[:, i:], axis=1) for times in (self.forward, self.backward))
-        return Base(forward, backward, kept, extra, owned, flight)
+        forward, backward, again = (np.cumsum(t[:, i:], axis=1) for t in (self.forward, self.backward, self.again))
+        return Base(forward, backward, again, kept, extra, owned, flight)
 
     def options(self, i: int, links: Links, schedule: str) -> Options:
         """The choices for stages from block `i` on over `links`, one row for each of them.
@@ -220,7 +226,7 @@ class StageModel:
         mean = float(self.work.sum()) / self.problem.cluster.size
         needed = {}
         for choice in self.problem.choices:
-            again = base.forward if choice.recompute == "blocks" else 0.0
+            again = base.again if choice.recompute == "blocks" else 0.0
             time = base.forward + base.backward + again
             useful = others + time + (self.microbatches - 1) * np.maximum(time, mean) <= self.best
             rivals = [Choice("none", choice.shard)] if choice.recompute != "none" else []
@@ -252,7 +258,7 @@ class StageModel:
         """Forward, backward and ends of stages from block `i` on."""
         base = self.base(i)
         forward, backward = base.forward[links.rows], base.backward[links.rows]
-        again = forward if choice.recompute == "blocks" else 0.0
+        again = base.again[links.rows] if choice.recompute == "blocks" else 0.0
         ends = self._ends(i, links, choice.shard, backward)
         if choice.shard in ("gradients", "parameters"):
             ahead, back = self._exposure(links, choice.recompute).of(i, choice.shard)
@@ -283,7 +289,7 @@ class StageModel:
         key = (links, recompute)
         if key not in self._exposures:
             forward, backward = self.forward[links.rows], self.backward[links.rows]
-            again = backward + forward if recompute == "blocks" else backward
+            again = backward + self.again[links.rows] if recompute == "blocks" else backward
             overlaps = self.problem.cluster.device.overlaps
             held = self.problem.segments.holdings
             self._exposures[key] = Exposure(held, links.latency, links.rate, forward, again, overlaps)

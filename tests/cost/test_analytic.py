@@ -57,8 +57,8 @@ def test_interpolation():
     graph = make_graph([8, 9])
     table = make_costs(graph, [10, 20])
     block = graph.blocks[0]
-    assert table.of(block, 1) == BlockCost(1, 11.0, 22.0, 1000, 128, 64)
-    assert table.of(block, 5) == BlockCost(5, 51.0, 102.0, 5000, 640, 320)
+    assert table.of(block, 1) == BlockCost(1, 11.0, 22.0, 11.0, 1000, 128, 64)
+    assert table.of(block, 5) == BlockCost(5, 51.0, 102.0, 51.0, 5000, 640, 320)
     wide = dataclasses.replace(table, points={block.key: (table.of(block, 2), table.of(block, 10))})
     assert wide.of(block, 6) == table.of(block, 6)
     assert wide.of(block, 1) == table.of(block, 2), "below the first point nothing is known"

@@ -54,10 +54,10 @@ def test_slow_blocks_are_measured_with_few_samples(monkeypatch):
 
 
 def test_what_does_not_fit(monkeypatch):
-    def full(graph, block, samples, *rest):
-        if samples > 2 or block.index == 3:
+    def full(subject, samples, device):
+        if samples > 2 or subject.block.index == 3:
             raise torch.OutOfMemoryError
-        return BlockCost(samples, 1.0, 2.0, 8, 8, 8)
+        return BlockCost(samples, 1.0, 2.0, 1.0, 8, 8, 8)
 
     monkeypatch.setattr(measure, "_point", full)
     with pytest.raises(ValueError, match=r"block 3 \(layer.3\) does not fit on cpu with 1 sample"):

@@ -109,13 +109,13 @@ def test_heads_are_planned_on_the_rows_that_have_a_label(graph):
 
 
 def point(samples: int, factor: float) -> BlockCost:
-    return BlockCost(samples, *(round(factor * samples * n) for n in (100, 200, 1000, 500, 300)))
+    return BlockCost(samples, *(round(factor * samples * n) for n in (100, 200, 100, 1000, 500, 300)))
 
 
 def test_costs_of_compiled_blocks_are_measured_at_the_sizes_of_the_plan(graph, monkeypatch):
     measured = []
 
-    def made_up(part, device, where, samples, compiled=False):
+    def made_up(part, device, where, samples, compiled=False, recompute=True):
         assert compiled
         measured.append(samples)
         return CostTable(device, torch.float32, {b.key: (point(samples[0], 0.5),) for b in part.blocks}, {}, "measured")
@@ -135,7 +135,8 @@ def test_costs_of_compiled_blocks_are_measured_at_the_sizes_of_the_plan(graph, m
 def test_plans_for_a_compiling_engine_predict_compiled_blocks(graph, monkeypatch):
     halved = []
 
-    def compiled(costs, running, where, sizes):
+    def compiled(costs, running, where, sizes, recompute):
+        assert not recompute
         halved.append(set(sizes))
         points = {
             k: tuple(replace(p, forward_us=p.forward_us / 2, backward_us=p.backward_us / 2) for p in v)

@@ -106,7 +106,13 @@ def make_costs(
     for block, each in zip(graph.blocks, forward_us):
         points[block.key] = tuple(
             BlockCost(
-                n, fixed_us + each * n, 2 * (fixed_us + each * n), saved * n * (1 + block.index % 3), 128 * n, 64 * n
+                n,
+                fixed_us + each * n,
+                2 * (fixed_us + each * n),
+                fixed_us + each * n,
+                saved * n * (1 + block.index % 3),
+                128 * n,
+                64 * n,
             )
             for n in (1, 2)
         )

@@ -102,8 +102,13 @@ class StageReference:
 
     def memory(self, recompute: str, shard: str, held: int) -> float:
         kept = sum(k.saved_bytes if recompute == "none" else k.output_bytes for k in self.cost) + self.received
-        extra = max(k.workspace_bytes for k in self.cost) + self.received
-        extra += max(k.saved_bytes for k in self.cost) if recompute == "blocks" else 0
+        peak = before = 0.0
+        for k, cost in zip(self.run, self.cost):
+            before += cost.saved_bytes if recompute == "none" else cost.output_bytes
+            gradients = sum(self.parameters.copy[n] for n in self.problem.graph.blocks[k].parameters)
+            again = cost.saved_bytes + gradients if recompute == "blocks" else 0
+            peak = max(peak, before + cost.workspace_bytes + again)
+        extra = peak - before + self.received + self.problem.cluster.device.library_bytes
         return self.parameters.state(shard, self.replicas, self.run) + extra + held * (kept + 1e-9)
 
     def time(self, recompute: str, shard: str) -> float:
