@@ -26,7 +26,9 @@ _SCHEDULES = ("auto", "gpipe", "1f1b")
 _RECOMPUTE = ("auto", "none", "blocks")
 _COSTS = ("auto", "measured", "analytic")
 _SHARD = ("auto", "none", "optimizer", "gradients", "parameters")
-_PLANNING = ("stages", "replicas", "microbatches", "schedule", "recompute", "shard", "costs", "memory_limit_gib")
+DECIDED = ("stages", "replicas", "microbatches", "schedule", "recompute", "shard")
+"""Options that a plan is an answer to."""
+_PLANNING = (*DECIDED, "costs", "memory_limit_gib")
 """Options of the planner, which a given plan leaves nothing to decide for."""
 
 

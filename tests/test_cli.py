@@ -153,6 +153,64 @@ def test_table(capsys):
     assert "batch 16 in" in out and "planned in" in out
 
 
+@pytest.fixture
+def written(capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    options = '{"stages": 2, "replicas": [2, 2]}'
+    data = printed(capsys, "--output", str(path), rannc=options)
+    return path, data
+
+
+def checked(path, **changes):
+    return plan_arguments(check=str(path), **{"batch-size": None, **changes})
+
+
+def test_a_plan_is_predicted_as_it_was_when_it_was_made(capsys, written):
+    path, made = written
+    assert cli.main([*checked(path), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    told = ("why", "runners_up")
+    assert again["why"] == "" and again["runners_up"] == []
+    assert {k: v for k, v in comparable(again).items() if k not in told} == {
+        k: v for k, v in comparable(made).items() if k not in told
+    }
+    assert cli.main(checked(path, **{"batch-size": "16"})) == 0
+    out = capsys.readouterr().out
+    assert f"predicted step {made['step_time_s'] * 1e3:.1f} ms" in out and f"{path} checked in" in out
+
+
+def test_an_edited_plan_is_predicted_anew(capsys, written, tmp_path):
+    path, made = written
+    edited = json.loads(path.read_text())
+    edited["stages"][0]["ranks"], edited["stages"][1]["ranks"] = [0, 2], [3, 1]
+    edited["stages"][0]["recompute"] = "blocks"
+    path.write_text(json.dumps(edited))
+    target = tmp_path / "predicted.json"
+    assert cli.main([*checked(path, output=str(target)), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["stages"][0]["backward_s"] > made["stages"][0]["backward_s"]
+    assert Plan.load(target).step_time_us == pytest.approx(again["step_time_s"] * 1e6)
+    assert [s.ranks for s in Plan.load(target).stages] == [(0, 2), (3, 1)]
+
+
+def test_a_plan_that_cannot_be_checked(capsys, written):
+    path, _ = written
+    assert "use 4 ranks, but there are 8 processes" in refused(capsys, checked(path, cluster="8xCPU"))
+    assert "`stages[1].ranks` has rank 2, but there are 2 processes" in refused(capsys, checked(path, cluster="2xCPU"))
+    assert "`graph_hash` is" in refused(capsys, checked(path, task="masked-lm"))
+    assert "--batch-size 8 is not that of" in refused(capsys, checked(path, **{"batch-size": "8"}))
+    assert "already decides stages, shard; leave that out" in refused(
+        capsys, checked(path, rannc='{"stages": 2, "shard": "none"}')
+    )
+    told = refused(capsys, checked(path, rannc='{"memory_limit_gib": 0.0001}'))
+    assert "it may use 0.0001 GiB of each device" in told and "stages[0] needs" in told and "stages[1] needs" in told
+    path.write_text(path.read_text().replace('"microbatches"', '"microbatch"'))
+    assert "did you mean `microbatches`?" in refused(capsys, checked(path))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(plan_arguments(**{"batch-size": None}))
+    assert caught.value.code == 2 and "--batch-size" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "task", "options"),
     [

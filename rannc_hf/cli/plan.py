@@ -14,12 +14,14 @@ import torch
 
 from rannc_hf.capture.graph import Graph
 from rannc_hf.cli.model import Captured, add_model_options, unpadded_graph, versions
-from rannc_hf.config import RanncConfig
+from rannc_hf.config import DECIDED, RanncConfig
 from rannc_hf.cost.cache import Hits
 from rannc_hf.cost.choose import costs_of
 from rannc_hf.cost.table import CostTable
 from rannc_hf.partition.cluster import Cluster
 from rannc_hf.partition.plan import Plan
+from rannc_hf.partition.predict import check_memory, predict
+from rannc_hf.partition.problem import memory_limit
 from rannc_hf.partition.search import find_plan
 from rannc_hf.report.console import parameter_count, print_plan
 
@@ -36,12 +38,16 @@ class _Planned:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Make a plan; print it, write it."""
-    args = _parser().parse_args(arguments)
+    """Make a plan, or check one; print it, write it."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
     started = time.perf_counter()
-    if args.batch_size < 1:
+    given = Plan.load(args.check) if args.check else None
+    if given is None and args.batch_size is None:
+        parser.error("the following arguments are required: --batch-size")
+    if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
-    planned = _make(args, started)
+    planned = _make(args, given, started)
     if args.output:
         planned.plan.save(args.output)
     if args.json:
@@ -49,19 +55,21 @@ def run(arguments: Sequence[str]) -> int:
     else:
         print_plan(planned.plan, planned.captured.graph)
         written = f", written to {args.output}" if args.output else ""
-        print(f"planned in {planned.seconds:.1f} s with {planned.costs.source} costs{written}")
+        done = f"{args.check} checked" if args.check else "planned"
+        print(f"{done} in {planned.seconds:.1f} s with {planned.costs.source} costs{written}")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rannc plan",
-        description="Plan the training of a model on a cluster. Needs neither the devices nor the weights. Batches are "
-        "taken to have no padding, so that attention runs without masks.",
+        description="Plan the training of a model on a cluster, or predict a given plan. Needs neither the devices nor "
+        "the weights. Batches are taken to have no padding, so that attention runs without masks.",
     )
     add_model_options(parser, required=True)
     add = parser.add_argument
-    add("--batch-size", type=int, required=True, help="samples of the global batch")
+    add("--batch-size", type=int, help="samples of the global batch; with --check that of the plan")
+    add("--check", metavar="FILE", help="predict this plan on the cluster, in the place of making one")
     add("--rannc", metavar="OPTIONS", help="options of RaNNC: a YAML or JSON file, or JSON")
     add(
         "--costs",
@@ -74,21 +82,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _make(args: argparse.Namespace, started: float) -> _Planned:
+def _make(args: argparse.Namespace, given: Plan | None, started: float) -> _Planned:
     cluster = Cluster.parse(args.cluster)
     config = RanncConfig.load(args.rannc or "auto")
     if config.plan is not None:
-        raise ValueError("--rannc: `plan` is for training; here a plan is made")
+        raise ValueError("--rannc: `plan` is for training; here a plan is made, or given by --check")
+    if given is not None:
+        _check_options(args, given, config)
+    batch_size = args.batch_size if given is None else given.batch_size
     kind = args.costs or config.costs
     captured = unpadded_graph(args)
+    graph = captured.graph
+    if given is not None:
+        # Before anything is measured.
+        given.check(graph, cluster.size)
     # "auto" measures where training runs; here the devices need not exist.
-    costs, hits = _costs(captured.graph, cluster, args, "measured" if kind == "measured" else "analytic")
-    plan = find_plan(captured.graph, costs, cluster, args.batch_size, config)
+    costs, hits = _costs(graph, cluster, args, batch_size, "measured" if kind == "measured" else "analytic")
+    if given is None:
+        plan = find_plan(graph, costs, cluster, batch_size, config)
+    else:
+        # Why it was chosen, and what lost against it, was said of other costs, or before it was edited.
+        plan = dataclasses.replace(predict(given, graph, costs, cluster), why="", runners_up=())
+        check_memory(plan, memory_limit(cluster, config))
     return _Planned(plan, captured, costs, hits, time.perf_counter() - started)
 
 
+def _check_options(args: argparse.Namespace, plan: Plan, config: RanncConfig) -> None:
+    """Raise ValueError for options that say something else than the plan."""
+    if args.batch_size not in (None, plan.batch_size):
+        raise ValueError(
+            f"--batch-size {args.batch_size} is not that of {args.check}, which is made for {plan.batch_size}; leave "
+            "it out, or edit `batch_size` of the plan"
+        )
+    decided = [name for name in DECIDED if getattr(config, name) != "auto"]
+    if decided:
+        raise ValueError(
+            f"--rannc: {args.check} already decides {', '.join(decided)}; leave that out, or edit the plan"
+        )
+
+
 def _costs(
-    graph: Graph, cluster: Cluster, args: argparse.Namespace, kind: Literal["measured", "analytic"]
+    graph: Graph, cluster: Cluster, args: argparse.Namespace, batch_size: int, kind: Literal["measured", "analytic"]
 ) -> tuple[CostTable, Hits]:
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "measured":
@@ -98,7 +132,7 @@ def _costs(
                 f"costs cannot be measured for {cluster.device.name}: this machine's device is {here.name}; give "
                 "--costs analytic, or a cluster of devices like this one (--cluster 8xhere)"
             )
-    return costs_of(graph, cluster.device, where, args.batch_size, kind, cached=not args.no_cache)
+    return costs_of(graph, cluster.device, where, batch_size, kind, cached=not args.no_cache)
 
 
 def _as_json(planned: _Planned, args: argparse.Namespace) -> dict[str, Any]:

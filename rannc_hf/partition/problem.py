@@ -38,6 +38,13 @@ class Way(NamedTuple):
     half: Half
 
 
+def memory_limit(cluster: Cluster, config: RanncConfig) -> float:
+    """Bytes that a plan may use of each device."""
+    if config.memory_limit_gib != "auto":
+        return config.memory_limit_gib * GIB
+    return cluster.usable_bytes
+
+
 @dataclass(frozen=True)
 class Problem:
     """A graph with its costs, on a cluster, for a global batch, within the user's options."""
@@ -55,9 +62,7 @@ class Problem:
     @property
     def memory_bytes(self) -> float:
         """What a plan may use of each device."""
-        if self.config.memory_limit_gib != "auto":
-            return self.config.memory_limit_gib * GIB
-        return self.cluster.usable_bytes
+        return memory_limit(self.cluster, self.config)
 
     @property
     def choices(self) -> list[Choice]:

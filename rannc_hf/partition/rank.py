@@ -15,6 +15,7 @@ from rannc_hf.partition.ends import Ends, ends_of, work_of
 from rannc_hf.partition.memory import owned_load
 from rannc_hf.partition.placement import stage_ranks
 from rannc_hf.partition.problem import Choice, Stage
+from rannc_hf.partition.schedules import in_flight
 from rannc_hf.partition.segments import Crossing, Segments
 from rannc_hf.partition.simulate import Edge, Simulation, StageTimes, TiedReduce, simulate
 from rannc_hf.partition.stages import StageModel
@@ -40,17 +41,33 @@ def rank(models: Mapping[int, StageModel], candidates: Sequence[Candidate]) -> l
 
 
 def _simulate(model: StageModel, c: Candidate) -> Outcome:
+    ranks = tuple(stage_ranks(model.problem.cluster, c.placement, c.replicas))
+    return Outcome(c, ranks, *simulate_on(model, c.schedule, c.stages, c.choices, ranks))
+
+
+def simulate_on(
+    model: StageModel, schedule: str, stages: Sequence[Stage], choices: Sequence[Choice], ranks: Sequence[Ranks]
+) -> tuple[tuple[StageTimes, ...], Simulation]:
+    """Times of each stage on its ranks, wherever those are, and the step they make."""
     problem = model.problem
     cluster, seg = problem.cluster, problem.segments
-    ranks = tuple(stage_ranks(cluster, c.placement, c.replicas))
     times = []
-    for stage, choice, own in zip(c.stages, c.choices, ranks):
-        forward, backward = model.times(stage, problem.way(c.placement, own[0], stage.replicas), choice)
+    for stage, choice, own in zip(stages, choices, ranks):
+        forward, backward = model.times(stage, half(cluster, group_of(cluster, own)), choice)
         ends = stage_ends(problem.graph, seg, cluster, stage, choice, own, (forward, backward))
         times.append(StageTimes(forward, backward, float(ends.head), float(ends.exposed), float(ends.optimizer)))
-    edges = edges_of(seg.crossings, cluster, c.stages, ranks, model.samples)
-    tied = tied_of(seg, cluster, c.stages, ranks)
-    return Outcome(c, ranks, tuple(times), simulate(times, edges, c.schedule, c.microbatches, tied))
+    edges = edges_of(seg.crossings, cluster, stages, ranks, model.samples)
+    tied = tied_of(seg, cluster, stages, ranks)
+    return tuple(times), simulate(times, edges, schedule, model.microbatches, tied)
+
+
+def peaks(model: StageModel, schedule: str, stages: Sequence[Stage], choices: Sequence[Choice]) -> list[int]:
+    """Peak bytes on a rank of each stage."""
+    count = len(stages)
+    return [
+        model.memory(stage, choice, in_flight(schedule, index, count, model.microbatches))
+        for index, (stage, choice) in enumerate(zip(stages, choices))
+    ]
 
 
 def stage_ends(

@@ -13,8 +13,7 @@ from rannc_hf.partition.cluster import Cluster
 from rannc_hf.partition.explain import explain_failure, explain_plan, why_slower
 from rannc_hf.partition.plan import Plan, RunnerUp, StagePlan
 from rannc_hf.partition.problem import Problem
-from rannc_hf.partition.rank import Outcome, rank
-from rannc_hf.partition.schedules import in_flight
+from rannc_hf.partition.rank import Outcome, peaks, rank
 from rannc_hf.partition.space import PlanError, check_options, search
 from rannc_hf.partition.stages import StageModel
 
@@ -63,12 +62,11 @@ def _distinct(outcomes: list[Outcome]) -> list[Outcome]:
 
 def _stage_plans(model: StageModel, outcome: Outcome) -> tuple[StagePlan, ...]:
     c = outcome.candidate
-    plans = []
-    for index, (stage, choice, ranks, times) in enumerate(zip(c.stages, c.choices, outcome.ranks, outcome.times)):
-        held = in_flight(c.schedule, index, len(c.stages), c.microbatches)
-        memory = model.memory(stage, choice, held)
-        plans.append(StagePlan(stage.first, stage.last, ranks, *choice, times.forward, times.backward, memory))
-    return tuple(plans)
+    memory = peaks(model, c.schedule, c.stages, c.choices)
+    return tuple(
+        StagePlan(stage.first, stage.last, ranks, *choice, times.forward, times.backward, peak)
+        for stage, choice, ranks, times, peak in zip(c.stages, c.choices, outcome.ranks, outcome.times, memory)
+    )
 
 
 def _runner_up(best: Outcome, other: Outcome) -> RunnerUp:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from rannc_hf.cost.devices import Link
 from rannc_hf.cost.table import BlockCost
-from rannc_hf.partition.collectives import consecutive_group, half
+from rannc_hf.partition.collectives import Half, consecutive_group, half
 from rannc_hf.partition.ends import Work, ends_of
 from rannc_hf.partition.exposure import Exposure
 from rannc_hf.partition.memory import Floats, owned_elements_bound
@@ -326,9 +326,14 @@ class StageModel:
         options = self._make_options(stage.first, self.links([(stage.replicas, way)]), schedule, needed)
         return [(o.choice, float(o.added[0, at]), float(o.slowest[0, at])) for o in options]
 
-    def times(self, stage: Stage, way: Way, choice: Choice) -> tuple[float, float]:
-        """Forward and backward of one microbatch in microseconds, with recomputation and transfers not hidden."""
-        forward, backward, _ = self._times(stage.first, self.links([(stage.replicas, way)]), choice)
+    def times(self, stage: Stage, half: Half, choice: Choice) -> tuple[float, float]:
+        """Forward and backward of one microbatch in microseconds, with recomputation and transfers not hidden.
+
+        `half` are the collectives of its replicas.
+        """
+        # Transfers to and from other stages are not part of these times.
+        links = self.links([(stage.replicas, Way(None, None, half))])
+        forward, backward, _ = self._times(stage.first, links, choice)
         at = 0, stage.last - stage.first
         return float(forward[at]), float(backward[at])
 
