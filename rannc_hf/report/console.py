@@ -13,23 +13,19 @@ from rannc_hf.partition.plan import Plan, StagePlan, short_ranks
 def print_plan(plan: Plan, graph: Graph, console: Console | None = None) -> None:
     """Print the stages of `plan` over the modules of `graph`; to the standard output unless `console` is given."""
     console = console or Console()
-    # Columns that say nothing are left out; one kind of sharding for all stages is in the caption.
-    options = ["recompute"] if any(s.recompute != "none" for s in plan.stages) else []
-    options += ["shard"] if len({s.shard for s in plan.stages}) > 1 else []
+    # One kind of sharding for all stages is in the caption.
+    mixed = len({s.shard for s in plan.stages}) > 1
     table = Table(box=HORIZONTALS, show_edge=False, padding=(0, 1), pad_edge=False)
     table.add_column("stage", justify="right", no_wrap=True)
     table.add_column("modules", overflow="fold")
-    table.add_column("ranks", no_wrap=True)
-    for heading in options:
-        table.add_column(heading, no_wrap=True)
+    table.add_column("ranks, shard" if mixed else "ranks", no_wrap=True)
     for heading in ("params", "fwd ms", "bwd ms", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, stage in enumerate(plan.stages):
         table.add_row(
             str(index),
             module_range(stage, graph),
-            short_ranks(stage.ranks),
-            *(getattr(stage, name) for name in options),
+            _ranks(stage, mixed),
             f"{parameter_count(stage, graph) / 1e6:.1f}M",
             f"{stage.predicted_forward_us / 1e3:.2f}",
             f"{stage.predicted_backward_us / 1e3:.2f}",
@@ -37,6 +33,14 @@ def print_plan(plan: Plan, graph: Graph, console: Console | None = None) -> None
         )
     console.print(table)
     console.print(caption(plan), markup=False, highlight=False)
+
+
+def _ranks(stage: StagePlan, mixed: bool) -> str:
+    """The ranks of a stage, and below them what they divide and whether they compute again: columns would not fit."""
+    lines = [short_ranks(stage.ranks)]
+    lines += [stage.shard] if mixed and stage.shard != "none" else []
+    lines += ["recomputed"] if stage.recompute != "none" else []
+    return "\n".join(lines)
 
 
 def caption(plan: Plan) -> str:

@@ -29,7 +29,8 @@ def test_stages_are_shown_over_modules():
     )
     lines = out.splitlines()
     assert any(line.split()[:2] == ["0", "layer.0"] and "3.0 GiB" in line for line in lines)
-    assert any("1-3" in line and "blocks" in line and "4.80" in line for line in lines)
+    assert any("1-3" in line and "4.80" in line for line in lines)
+    assert out.count("recomputed") == 1
     assert "batch 32 in 8 microbatches, 1f1b, predicted step 20.0 ms, 1600.0 samples/s" in out
     assert "[because] it is so" in out
     assert max(len(line.rstrip()) for line in lines) <= 80
@@ -45,8 +46,8 @@ def test_sharding_and_placement():
     out = printed(*same)
     assert "0-1, 4-5" in out and "2-3, 6-7" in out
     assert "1f1b, sharded optimizer, predicted" in " ".join(out.split())
-    mixed = printed(same[0], StagePlan(2, 3, (2, 3, 6, 7), shard="parameters")).splitlines()
-    assert "shard" in mixed[0] and any("2-3, 6-7" in line and "parameters" in line for line in mixed)
+    mixed = printed(same[0], StagePlan(2, 3, (2, 3, 6, 7), shard="parameters"))
+    assert "ranks, shard" in mixed and mixed.count("optimizer") == mixed.count("parameters") == 1
 
 
 def test_a_tied_weight_counts_once_in_a_stage():
