@@ -159,7 +159,7 @@ def main() -> None:
         blank = BertForPreTraining(config).train()
     batch = make_batch(options, 8, config.vocab_size)
     whole = capture(blank, batch, dtype=torch.bfloat16)
-    graph = graph_to_run(whole, ("attention_mask",), lambda head: labelled_share(whole, batch, head))
+    graph = graph_to_run(whole, ("attention_mask",), lambda head: labelled_share(whole, batch, 8, head))
     captured = time.perf_counter()
     cluster = Cluster.here(1, 1, device.type)
     largest = max(int(case.split(":")[0]) for case in options.cases)
@@ -170,7 +170,10 @@ def main() -> None:
     if not options.eager:
         sizes = sorted({int(case.split(":")[0]) for case in options.cases})
         again = any("blocks" in case for case in options.cases)
-        tables = compiled_costs(tables[0], graph, device, sizes, recompute=again, cached=False), tables[1]
+        tables = (
+            compiled_costs(tables[0], graph, device, dict.fromkeys(sizes, graph.blocks), recompute=again, cached=False),
+            tables[1],
+        )
         print(tables[0], f"compiled in {time.perf_counter() - measured:.1f} s", sep="\n", flush=True)
     rows = []
     for case in options.cases:

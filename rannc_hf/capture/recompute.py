@@ -29,7 +29,11 @@ class _Recompute(torch.autograd.Function):
     def forward(ctx: Any, function: Any, differentiable: Sequence[bool], *arguments: torch.Tensor) -> Any:
         ctx.function = function
         ctx.save_for_backward(*arguments)
-        results = function(*arguments)
+        # As in the backward: a compiled function is one program with and another without gradients, and the two need
+        # not draw the same random numbers.
+        with torch.enable_grad():
+            found = function(*(a.detach().requires_grad_(a.requires_grad) for a in arguments))
+        results = tuple(r.detach() for r in found)
         ctx.mark_non_differentiable(*(r for r, flows in zip(results, differentiable) if not flows))
         # A result without a gradient is a loss that nothing uses, not zeros to go through the block for.
         ctx.set_materialize_grads(False)

@@ -40,6 +40,8 @@ class Header:
     torch: str
     cuda: str
     driver: str
+    precision: str
+    """Of float32 matrix products: `torch.get_float32_matmul_precision`."""
     cost_model: str
     """Hash of the code that measures and computes costs."""
 
@@ -61,7 +63,8 @@ def cost_model() -> str:
 def header_of(graph: Graph, block: Block, kind: str, machine: Machine) -> Header:
     """What the entry of a block on `machine` must say."""
     dtype = str(main_dtype(graph)).removeprefix("torch.")
-    return Header(block.key, kind, dtype, cost_model=cost_model(), **asdict(machine))
+    precision = torch.get_float32_matmul_precision()
+    return Header(block.key, kind, dtype, precision=precision, cost_model=cost_model(), **asdict(machine))
 
 
 class CostCache:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
-from rannc_hf.capture.graph import Graph
+from rannc_hf.capture.graph import Block, Graph
 from rannc_hf.capture.instantiate import preamble_function
 from rannc_hf.capture.passes.masks import unmask
 from rannc_hf.capture.passes.sparse_head import SparseHead, sparse_head
@@ -43,10 +43,10 @@ def graph_to_run(
     return found
 
 
-def labelled_share(graph: Graph, batch: Mapping[str, torch.Tensor], head: SparseHead) -> float:
-    """The share of a head's rows that have a label in `batch`, fields of any number of samples on one device."""
+def labelled_share(graph: Graph, batch: Mapping[str, torch.Tensor], samples: int, head: SparseHead) -> float:
+    """The share of a head's rows that have a label in `batch`, fields of `samples` samples on one device."""
     fields = {field: placeholder for placeholder, field in graph.batch_inputs.items()}
-    samples, device = next((v.shape[0], v.device) for v in batch.values())
+    device = next(iter(batch.values())).device
     function, inputs = preamble_function(head.graph, (head.target,), samples, device)
     known = {fields[f]: v for f, v in batch.items() if f in fields}
     known |= {name: value.to(device) for name, value in graph.constants.items()}
@@ -60,34 +60,34 @@ def compiled_costs(
     costs: CostTable,
     graph: Graph,
     where: torch.device,
-    samples: Collection[int],
+    samples: Mapping[int, Sequence[Block]],
     *,
     recompute: bool = True,
     cached: bool = True,
 ) -> CostTable:
     """`costs` as they are for blocks that `torch.compile` has made.
 
-    Compiling takes seconds a block and size, so that they are measured at `samples` only; at other sizes each of a
-    block's costs is taken to change by the same factor as at the nearest of these. `recompute`: whether computing
-    forwards again is measured too, which compiles them once more.
+    Compiling takes seconds a block and size, so that `samples` says which blocks are measured at which sizes; at others
+    each of a block's costs is taken to change by the same factor as at the nearest of its own. `recompute`: whether
+    computing forwards again is measured too, which compiles them once more.
     """
-    points = {key: list(old) for key, old in costs.points.items()}
-    for size in sorted(samples):
+    compiled: dict[str, dict[int, BlockCost]] = {}
+    for size, blocks in samples.items():
+        part = replace(graph, blocks=tuple(blocks))
         if cached:
-            made, _ = CostCache().compiled(graph, costs.device, where, size, recompute)
+            made, _ = CostCache().compiled(part, costs.device, where, size, recompute)
         else:
-            made = measured_costs(graph, costs.device, where, [size], compiled=True, recompute=recompute)
+            made = measured_costs(part, costs.device, where, [size], compiled=True, recompute=recompute)
         for key, (new,) in made.points.items():
-            near = [p for p in costs.points[key] if _nearest(p.samples, samples) == size]
-            old = costs.of_key(key, size)
-            kept = [p for p in points[key] if p.samples != size and p not in near]
-            scaled = [_scaled(p, old, new) for p in near if p.samples != size]
-            points[key] = sorted([*kept, *scaled, new], key=lambda p: p.samples)
-    return replace(costs, points={key: tuple(new) for key, new in points.items()})
-
-
-def _nearest(size: int, samples: Collection[int]) -> int:
-    return min(samples, key=lambda s: (abs(math.log(s / size)), s))
+            compiled.setdefault(key, {})[size] = new
+    points = dict(costs.points)
+    for key, new_at in compiled.items():
+        changed = dict(new_at)
+        for old in costs.points[key]:
+            near = min(new_at, key=lambda s: (abs(math.log(s / old.samples)), s))
+            changed.setdefault(old.samples, _scaled(old, costs.of_key(key, near), new_at[near]))
+        points[key] = tuple(changed[size] for size in sorted(changed))
+    return replace(costs, points=points)
 
 
 def _scaled(point: BlockCost, old: BlockCost, new: BlockCost) -> BlockCost:

@@ -52,10 +52,12 @@ def measured_costs(
     sizes = [2**i for i in range(samples.bit_length())] if isinstance(samples, int) else sorted(samples)
     points: dict[str, tuple[BlockCost, ...]] = {}
     names: dict[str, str] = {}
-    for block in graph.blocks:
-        if block.key not in points:
-            points[block.key] = _measure(_Subject(graph, block, where, compiled, recompute), device, sizes)
-            names[block.key] = block.name
+    # What a script draws next must not depend on whether costs were measured or found on disk.
+    with torch.random.fork_rng([where] if where.type == "cuda" else [], device_type="cuda"):
+        for block in graph.blocks:
+            if block.key not in points:
+                points[block.key] = _measure(_Subject(graph, block, where, compiled, recompute), device, sizes)
+                names[block.key] = block.name
     return CostTable(device, main_dtype(graph), points, names, "measured")
 
 
@@ -242,8 +244,8 @@ def _table_rows(graph: Graph, block: Block) -> dict[str, int]:
     nodes = nodes_by_name(graph)
     rows: dict[str, int] = {}
     for name in block.nodes:
-        if op_name(nodes[name]) == "embedding":
+        if op_name(nodes[name]) in ("embedding", "index_select"):
             table, index = nodes[name].all_input_nodes[:2]
-            size = graph.values[table.name].shape[0]
+            size = graph.values[table.name].at(1)[0]
             rows[index.name] = min(size, rows.get(index.name, size))
     return rows

@@ -53,8 +53,9 @@ class Bucket:
         )
         self._adds_in_place = wide and not spec.streamed
         self.compute = {key: self._leaf(key) for key in self.spans}
+        if spec.gathered and not self.owned:
+            free(self.flat_compute)
         self.gradient: torch.Tensor | None = None
-        self._published: torch.Tensor | None = None
 
     def view(self, flat: torch.Tensor, key: str) -> torch.Tensor:
         """The part of a flat tensor that belongs to parameter `key`, in its shape."""
@@ -88,13 +89,17 @@ class Bucket:
 
     def begin(self) -> None:
         """Make a zeroed sum of gradients for one step, apart from gradients that were published and not cleared."""
-        if not self.spec.trainable or (self.spec.streamed and not self.owned):
+        if not self.spec.trainable:
             return
-        waiting = any(p.grad is not None for p in self.parameters.values())
-        if waiting and self.gradient is self._published:
+        for leaf in self.compute.values():
+            # A step that failed may have left some.
+            leaf.grad = None
+        if self.spec.streamed and not self.owned:
+            return
+        # A buffer that a user's `.grad` is a view of (it was published, and not cleared) is the user's now.
+        memory = {p.grad.untyped_storage().data_ptr() for p in self.parameters.values() if p.grad is not None}
+        if self.gradient is not None and self.gradient.untyped_storage().data_ptr() in memory:
             self.gradient = None
-        if not waiting and self._published is not None:
-            self.gradient, self._published = self._published, None
         if self.gradient is None:
             self.gradient = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         else:
@@ -135,8 +140,6 @@ class Bucket:
                     parameter.grad = view
                 else:
                     parameter.grad.add_(view)
-            if self._published is None:
-                self._published = self.gradient
         for leaf in self.compute.values():
             leaf.grad = None
 

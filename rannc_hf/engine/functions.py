@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -81,13 +83,18 @@ class _Tried:
 
     def __init__(self, compiled: BlockFunction, plain: BlockFunction, what: str) -> None:
         self._compiled, self._plain, self._what = compiled, plain, what
-        self._failed = False
+        self._failed = self._ran = False
 
     def __call__(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self._failed:
             return self._plain(*arguments)
         try:
-            return self._compiled(*arguments)
+            if self._ran:
+                return self._compiled(*arguments)
+            with _backward_at_once():
+                results = self._compiled(*arguments)
+            self._ran = True
+            return results
         except torch.OutOfMemoryError:
             raise
         except COMPILER_ERRORS as error:
@@ -98,6 +105,14 @@ class _Tried:
                 stacklevel=2,
             )
             return self._plain(*arguments)
+
+
+def _backward_at_once() -> contextlib.AbstractContextManager[Any]:
+    """Have a function's backward compiled with its forward, where it can still be run as it is."""
+    from torch._functorch import config
+
+    flag = "force_non_lazy_backward_lowering"
+    return config.patch(flag, True) if hasattr(config, flag) else contextlib.nullcontext()
 
 
 def reason_of(error: Exception) -> str:

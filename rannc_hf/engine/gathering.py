@@ -37,9 +37,6 @@ class StageParameters(Mapping[str, torch.Tensor]):
         self.blockwise = any(bucket.spec.streamed for bucket in buckets)
         """Whether each block's backward must be run by itself, and reported by `reduce`."""
         self._gathered = [bucket for bucket in buckets if bucket.spec.gathered]
-        for bucket in self._gathered:
-            if not bucket.owned:
-                free(bucket.flat_compute)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._leaves[name]
@@ -52,6 +49,8 @@ class StageParameters(Mapping[str, torch.Tensor]):
 
     def refresh(self) -> None:
         """Before the forwards of a step: start bringing all copies up to date with the masters. Collective."""
+        # A step that was refused before it began has left some under way.
+        self.settle()
         for bucket in self._buckets:
             bucket.cast()
             if bucket.spec.owner is not None and not bucket.spec.gathered:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from rannc_hf.capture import Graph
+from rannc_hf.capture.graph import Block
 from rannc_hf.config import RanncConfig
 from rannc_hf.cost.choose import compiled_costs, costs_of, graph_to_run, labelled_share
 from rannc_hf.cost.table import CostTable
@@ -44,7 +45,7 @@ def find_plan_here(
     local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
     cluster = Cluster.here(world_size, local, device.type)
     tensors = {name: value for name, value in batch.fields.items() if isinstance(value, torch.Tensor)}
-    running = graph_to_run(graph, batch.unpadded, partial(labelled_share, graph, tensors))
+    running = graph_to_run(graph, batch.unpadded, partial(labelled_share, graph, tensors, batch.samples))
     costs, _ = costs_of(running, cluster.device, device, batch.samples, config.costs)
     plan = find_plan(running, costs, cluster, batch.samples, config)
     if costs.source == "measured" and wants_compiled(config, device):
@@ -56,15 +57,21 @@ def _with_compiled_costs(
     plan: Plan, graph: Graph, costs: CostTable, cluster: Cluster, config: RanncConfig, device: torch.device
 ) -> Plan:
     """The best plan by the costs of compiled blocks, which are measured only at the sizes that plans have."""
-    sizes: set[int] = set()
+    sizes: dict[int, dict[str, Block]] = {}
     for _ in range(_ROUNDS):
-        missing = {size for index in range(len(plan.stages)) for size in nominal_slices(plan, index)} - sizes
+        missing = False
+        for index, stage in enumerate(plan.stages):
+            for size in nominal_slices(plan, index):
+                blocks = {b.key: b for b in graph.blocks[stage.first_block : stage.last_block + 1]}
+                missing |= not blocks.keys() <= sizes.setdefault(size, {}).keys()
+                sizes[size].update(blocks)
         if not missing:
             break
-        sizes |= missing
         try:
             again = any(stage.recompute != "none" for stage in plan.stages)
-            compiled = compiled_costs(costs, graph, device, sizes, recompute=again)
+            compiled = compiled_costs(
+                costs, graph, device, {size: list(found.values()) for size, found in sizes.items()}, recompute=again
+            )
         except COMPILER_ERRORS as error:
             logger.warning("rannc: planned with the costs of uncompiled blocks: %s", reason_of(error))
             break

@@ -45,6 +45,11 @@ def check_options(problem: Problem) -> None:
                 f"rannc config: replicas={list(config.replicas)} are for {len(config.replicas)} stages, "
                 f"but the model has {blocks} blocks"
             )
+        if set(config.replicas) == {1} and config.shard not in ("auto", "none"):
+            raise ValueError(
+                f"rannc config: shard={config.shard!r} divides what replicas of a stage hold, but with "
+                f"replicas={list(config.replicas)} no stage has several; leave it out"
+            )
     if config.microbatches != "auto":
         if config.microbatches > batch or not _whole(batch, config.microbatches):
             fits = max(m for m in range(1, min(batch, config.microbatches) + 1) if _whole(batch, m))

@@ -62,3 +62,9 @@ def test_what_does_not_fit(monkeypatch):
     monkeypatch.setattr(measure, "_point", full)
     with pytest.raises(ValueError, match=r"block 3 \(layer.3\) does not fit on cpu with 1 sample"):
         measured_costs(GRAPH, DEVICES["CPU"], CPU, 8)
+
+
+def test_random_numbers_of_the_user_go_on():
+    state = torch.random.get_rng_state()
+    measured_costs(GRAPH, DEVICES["CPU"], CPU, [2])
+    assert torch.equal(torch.random.get_rng_state(), state)

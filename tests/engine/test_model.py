@@ -179,3 +179,24 @@ def test_a_model_that_is_no_longer_used_is_freed(compute_dtype):
     del model
     gc.collect()
     assert buckets and not any(ref() for ref in buckets)
+
+
+def test_gradients_add_up_where_only_some_are_cleared():
+    """Two optimizers with their own `zero_grad`, or one for a part of a block, under accumulation."""
+    batch = CASE.batch_as(4)
+
+    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> None:
+        loss_of(wrapped(**batch)).backward()
+        assert wrapped.store is not None
+        once = {n: p.grad.clone() for n, p in wrapped.store.owned.items() if p.grad is not None}
+        first, *others = (n for n in once if n.startswith("head"))
+        assert others, "the bucket has several parameters"
+        for since in (1, 2, 3):
+            loss_of(wrapped(**batch)).backward()
+            for name, parameter in wrapped.store.owned.items():
+                times = 2 if name == first else 2 * since
+                torch.testing.assert_close(parameter.grad, once[name] * times)
+            wrapped.store.owned[first].grad = None
+            loss_of(wrapped(**batch)).backward()
+
+    on_ranks(CASE.model(), 1, planner((1,), 2), run)

@@ -53,7 +53,7 @@ def test_measured_costs_come_from_the_cache_the_second_time(graph, cache, monkey
     config = RanncConfig(costs="measured")
     first = find_plan_here(graph, config, gathered(unpadded=["attention_mask"]), CPU, 2)
     entries = {p: json.loads(p.read_text()) for p in cache.rglob("*.json")}
-    running = graph_to_run(graph, ("attention_mask",), lambda head: labelled_share(graph, BATCH, head))
+    running = graph_to_run(graph, ("attention_mask",), lambda head: labelled_share(graph, BATCH, 8, head))
     assert {e["block"] for e in entries.values()} == {b.key for b in running.blocks}
     monkeypatch.setattr("rannc_hf.cost.measure.block_function", None)
     second = find_plan_here(graph, config, gathered(unpadded=["attention_mask"]), CPU, 2)
@@ -99,12 +99,12 @@ def test_heads_are_planned_on_the_rows_that_have_a_label(graph):
     labels[:, 0] = 3
     few = {**BATCH, "labels": labels}
     head = sparse_head(graph)
-    assert head is not None and labelled_share(graph, few, head) == pytest.approx(1 / labels.shape[1])
-    running = graph_to_run(graph, (), lambda head: labelled_share(graph, few, head))
+    assert head is not None and labelled_share(graph, few, 8, head) == pytest.approx(1 / labels.shape[1])
+    running = graph_to_run(graph, (), lambda head: labelled_share(graph, few, 8, head))
     changed = [b.index for a, b in zip(graph.blocks, running.blocks) if a.key != b.key]
     assert changed == [len(graph.blocks) - 1]
     all_labelled = {**BATCH, "labels": torch.ones_like(labels)}
-    assert graph_to_run(graph, (), lambda head: labelled_share(graph, all_labelled, head)) is graph
+    assert graph_to_run(graph, (), lambda head: labelled_share(graph, all_labelled, 8, head)) is graph
     find_plan_here(graph, RanncConfig(), gathered(few), CPU, 2).check(graph, 2)
 
 
@@ -125,7 +125,7 @@ def test_costs_of_compiled_blocks_are_measured_at_the_sizes_of_the_plan(graph, m
     keys = {b.key for b in graph.blocks}
     points = {key: tuple(point(n, 1.0) for n in (1, 2, 4, 8)) for key in keys}
     plain = CostTable(device, torch.float32, points, {}, "measured")
-    made = compiled_costs(plain, graph, CPU, [4, 3], cached=False)
+    made = compiled_costs(plain, graph, CPU, {3: graph.blocks, 4: graph.blocks}, cached=False)
     assert measured == [[3], [4]]
     for key in keys:
         assert [p.samples for p in made.points[key]] == [1, 2, 3, 4, 8]

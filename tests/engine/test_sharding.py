@@ -14,6 +14,7 @@ from rannc_hf.capture import Graph
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine.buckets import ALIGNMENT, Bucket, empty
 from rannc_hf.engine.gathering import StageParameters
+from rannc_hf.engine.parameters import ParameterStore
 from rannc_hf.engine.reduction import GradientReducer
 from rannc_hf.engine.sharding import BucketSpec, bucket_specs
 from rannc_hf.engine.stage import StageReplica
@@ -334,3 +335,27 @@ def test_all_replicas_start_the_same_transfers(monkeypatch: pytest.MonkeyPatch):
         )
         assert logs[0] == logs[1] == logs[2]
         assert any("gradients of" in entry for entry in logs[0])
+
+
+def test_what_others_own_is_never_whole_while_placing(monkeypatch):
+    """A plan that fits because parameters are divided must fit while they are placed, too."""
+    most = 0
+
+    def count(store: ParameterStore) -> None:
+        nonlocal most
+        foreign = [b.flat_compute for b in store.buckets if not b.owned]
+        most = max(most, sum(t.untyped_storage().nbytes() for t in foreign))
+
+    original = ParameterStore._place
+
+    def place(self, *arguments):
+        original(self, *arguments)
+        count(self)
+
+    monkeypatch.setattr(ParameterStore, "_place", place)
+    case = CASES["bert"]
+    parts = shards(case.batch_as(4), 2)
+    on_ranks(
+        case.model(), 2, planner((2,), 2, shard="parameters"), lambda wrapped, _, rank: wrapped(**parts[rank]) and None
+    )
+    assert most == 0
