@@ -143,19 +143,6 @@ def parameter_bytes(graph: Graph, name: str) -> int:
     return spec.numel * _cached_dtypes(graph).get(name, spec.dtype).itemsize
 
 
-def state_bytes(graph: Graph, name: str) -> int:
-    """Bytes a rank holds for a parameter: master, gradient sum, two moments of Adam, and the copy to compute with.
-
-    Masters are float32, or float64 where that is computed with; a separate copy exists for shorter types only.
-    A parameter that is not trained has no gradient and no moments.
-    """
-    spec = graph.parameters[name]
-    compute = _cached_dtypes(graph).get(name, spec.dtype).itemsize
-    master = max(4, compute)
-    copy = compute if compute < master else 0
-    return spec.numel * ((4 * master if spec.trainable else master) + copy)
-
-
 def nodes_by_name(graph: Graph) -> dict[str, fx.Node]:
     """The graph's nodes by name; made once a graph."""
     found: dict[str, fx.Node] | None = graph.__dict__.get("_nodes_by_name")

@@ -26,9 +26,10 @@ def agree(transport: Transport, what: str, work: Callable[[], T], signature: Cal
     try:
         result = work()
         outcome: tuple[bool, Any] = (True, signature(result))
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        # Whatever it is: the other ranks wait to hear of it.
         failure = error
-        outcome = (False, str(error))
+        outcome = (False, _message(error))
     outcomes = transport.all_gather_object(outcome, what)
     for rank, (good, detail) in enumerate(outcomes):
         if not good:
@@ -73,12 +74,19 @@ def plan_agreed(
         return plan
 
     outcome: tuple[Plan | None, str] = (None, "")
+    failure: Exception | None = None
     if transport.rank == 0:
         try:
             outcome = (make(), "")
-        except (ValueError, OSError) as error:
-            outcome = (None, str(error))
+        except Exception as error:
+            failure = error
+            outcome = (None, _message(error))
     plan, problem = transport.all_gather_object(outcome, "the plan")[0]
     if plan is None:
-        raise ValueError(problem)
+        raise ValueError(problem) from failure
     return plan
+
+
+def _message(error: Exception) -> str:
+    """What the other ranks are told."""
+    return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"

@@ -42,10 +42,6 @@ class Cluster:
     def node(self, rank: int) -> int:
         return rank // self.devices_per_node
 
-    def link(self, first: int, last: int) -> Link:
-        """The slowest link among ranks `first` to `last`."""
-        return self.intra if self.node(first) == self.node(last) else self.inter
-
     @classmethod
     def parse(cls, text: str) -> Cluster:
         """A cluster from `4x8xV100-32GB,ib=100` (nodes, devices a node, device), `2xH200` or `H200`.

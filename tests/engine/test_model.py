@@ -200,3 +200,21 @@ def test_gradients_add_up_where_only_some_are_cleared():
             loss_of(wrapped(**batch)).backward()
 
     on_ranks(CASE.model(), 1, planner((1,), 2), run)
+
+
+def test_whatever_fails_while_rank_0_plans_ends_all_ranks():
+    parts = shards(CASE.batch_as(4), 2)
+    told = []
+
+    def fail(graph: Any, samples: int) -> Plan:
+        raise IndexError("a bug in a planner")
+
+    def body(transport: Transport) -> None:
+        model = RanncModel(CASE.model(), RanncConfig(), device=CPU, transport=transport, planner=fail)
+        try:
+            model(**parts[transport.rank])
+        except ValueError as error:
+            told.append(str(error))
+
+    LocalWorld(2).run(body)
+    assert told == ["IndexError: a bug in a planner"] * 2

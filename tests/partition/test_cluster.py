@@ -39,12 +39,6 @@ def test_what_cannot_be_parsed(text, message):
         Cluster.parse(text)
 
 
-def test_links_between_ranks():
-    c = Cluster.parse("2x4xA100-40GB")
-    assert c.link(0, 3) is c.intra and c.link(4, 7) is c.intra
-    assert c.link(3, 4) is c.inter and c.link(0, 7) is c.inter
-
-
 def test_usable_memory_has_a_margin():
     for c in (Cluster.parse("H200"), Cluster.parse("CPU")):
         assert 0.8 * c.device.memory_bytes < c.usable_bytes < 0.97 * c.device.memory_bytes
