@@ -1,7 +1,7 @@
 """Files that spare work done before: where they are kept, and how they are written so that no reader sees half of one.
 
-Nothing here is needed for a right result: a directory that cannot be written, or a file that cannot be read, costs time
-and a warning.
+Nothing in the cache is needed for a right result: a directory that cannot be written, or a file that cannot be read,
+costs time and a warning.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-.") or "unnamed"
 
 
-def write(path: Path, fill: Callable[[Path], object]) -> bool:
-    """Let `fill` write a file, and put it in the place of `path` at once. False, with a warning, where that fails.
+def replace_file(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a file, and put it in the place of `path` at once. Raises OSError where that fails.
 
     Processes may write the same path at the same time: the last one wins.
     """
@@ -45,12 +45,18 @@ def write(path: Path, fill: Callable[[Path], object]) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         fill(partial)
         partial.replace(path)
-    except OSError as error:
-        logger.warning("rannc cache: cannot write %s: %s", path, error.strerror or error)
-        return False
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def write(path: Path, fill: Callable[[Path], object]) -> bool:
+    """`replace_file` for what is not needed for a right result: False, with a warning, where it fails."""
+    try:
+        replace_file(path, fill)
+    except OSError as error:
+        logger.warning("rannc cache: cannot write %s: %s", path, error.strerror or error)
+        return False
     return True
 
 

@@ -16,11 +16,9 @@ from rannc_hf.cost import ops
 from rannc_hf.cost.devices import Device
 from rannc_hf.cost.memory import block_memory, nodes_by_name, parameter_bytes
 from rannc_hf.cost.table import BlockCost, CostTable
-from rannc_hf.cost.work import Work, backward_work, forward_work
+from rannc_hf.cost.work import BANDWIDTH_EFFICIENCY, Work, backward_work, forward_work
 
 _FITTED_BANDWIDTH = 4.8e12
-_BANDWIDTH_EFFICIENCY = 0.8
-"""Share of the peak bandwidth that large operations reach."""
 
 
 def analytic_costs(graph: Graph, device: Device, samples: int | Iterable[int]) -> CostTable:
@@ -66,7 +64,7 @@ def _block_cost(graph: Graph, block: Block, device: Device, samples: int) -> Blo
             work = backward_work(node, graph, samples)
             backward += _time_us(work, node, graph, device)
             backward_kernels += work.kernels
-    backward += accumulation_us(graph, block, device)
+    backward += _accumulation_us(graph, block, device)
     backward_kernels += len(_trained(graph, block))
     memory = block_memory(graph, block, samples, cpu=device.is_cpu)
     forward = max(forward, forward_kernels * device.host_us)
@@ -81,11 +79,11 @@ def _block_cost(graph: Graph, block: Block, device: Device, samples: int) -> Blo
     )
 
 
-def accumulation_us(graph: Graph, block: Block, device: Device) -> float:
+def _accumulation_us(graph: Graph, block: Block, device: Device) -> float:
     """Time to add the gradients of a microbatch to their sum in float32: read both, write one."""
     trained = _trained(graph, block)
     size = sum(parameter_bytes(graph, p) + 8 * graph.parameters[p].numel for p in trained)
-    return size / (device.memory_bandwidth * _BANDWIDTH_EFFICIENCY) * 1e6 + len(trained) * device.kernel_us
+    return size / (device.memory_bandwidth * BANDWIDTH_EFFICIENCY) * 1e6 + len(trained) * device.kernel_us
 
 
 def _trained(graph: Graph, block: Block) -> list[str]:
@@ -99,7 +97,7 @@ def _time_us(work: Work, node: fx.Node, graph: Graph, device: Device) -> float:
         # A CPU's entry in the table is already what it reaches.
         efficiency = 1.0 if device.is_cpu else work.efficiency
         compute = work.flops / (device.rate(spec.dtype if spec is not None else torch.float32) * efficiency)
-    memory = work.bytes / (device.memory_bandwidth * _BANDWIDTH_EFFICIENCY)
+    memory = work.bytes / (device.memory_bandwidth * BANDWIDTH_EFFICIENCY)
     # Fitted at the bandwidth of an H200.
     extra = work.extra_us * _FITTED_BANDWIDTH / device.memory_bandwidth
     return max(compute, memory) * 1e6 + extra + work.kernels * device.kernel_us

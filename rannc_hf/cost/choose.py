@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
@@ -45,10 +45,10 @@ def graph_to_run(
 
 def labelled_share(graph: Graph, batch: Mapping[str, torch.Tensor], samples: int, head: SparseHead) -> float:
     """The share of a head's rows that have a label in `batch`, fields of `samples` samples on one device."""
-    fields = {field: placeholder for placeholder, field in graph.batch_inputs.items()}
+    placeholders = {field: placeholder for placeholder, field in graph.batch_inputs.items()}
     device = next(iter(batch.values())).device
     function, inputs = preamble_function(head.graph, (head.target,), samples, device)
-    known = {fields[f]: v for f, v in batch.items() if f in fields}
+    known = {placeholders[f]: v for f, v in batch.items() if f in placeholders}
     known |= {name: value.to(device) for name, value in graph.constants.items()}
     if not all(name in known for name in inputs):
         return 1.0
@@ -93,10 +93,10 @@ def compiled_costs(
 def _scaled(point: BlockCost, old: BlockCost, new: BlockCost) -> BlockCost:
     """`point` with each cost changed by its factor from `old` to `new`."""
     changed: dict[str, Any] = {}
-    for field in ("forward_us", "backward_us", "again_us", "saved_bytes", "output_bytes", "workspace_bytes"):
-        before, after = getattr(old, field), getattr(new, field)
-        value = getattr(point, field) * (after / before if before else 1.0)
-        changed[field] = value if field.endswith("us") else round(value)
+    for name in (f.name for f in fields(BlockCost) if f.name != "samples"):
+        before, after = getattr(old, name), getattr(new, name)
+        value = getattr(point, name) * (after / before if before else 1.0)
+        changed[name] = value if name.endswith("us") else round(value)
     return replace(point, **changed)
 
 

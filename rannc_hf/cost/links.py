@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from rannc_hf.cost.machine import synchronize
+
 _SMALL = 1024
 _TRIPS = 20
 _ROUNDS = 3
@@ -90,8 +92,7 @@ def _slowest(run: Callable[[], object], repeats: int, where: torch.device) -> fl
         started = time.perf_counter()
         for _ in range(repeats):
             run()
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
+        synchronize(where)
         rounds.append((time.perf_counter() - started) / repeats)
     spent = torch.tensor(rounds, dtype=torch.float64, device=where)
     dist.all_reduce(spent, op=dist.ReduceOp.MAX)

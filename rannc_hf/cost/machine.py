@@ -25,10 +25,10 @@ class Machine:
     """Version PyTorch was built with; empty on a CPU, as is the next."""
     driver: str
 
-    def difference(self, other: Machine, fields: tuple[str, ...] | None = None) -> str:
-        """The first of `fields` (None: all) that differs, with both values; empty where none does."""
+    def difference(self, other: Machine) -> str:
+        """The first field that differs, with both values; empty where none does."""
         mine, theirs = asdict(self), asdict(other)
-        for field in fields if fields is not None else mine:
+        for field in mine:
             if mine[field] != theirs[field]:
                 return f"{field} is {theirs[field]!r} here, not {mine[field]!r}"
         return ""
@@ -45,6 +45,12 @@ def present(where: torch.device, threads: int | None = None) -> Machine:
     threads = threads or torch.get_num_threads()
     name = f"{_processor()}, {threads} {'thread' if threads == 1 else 'threads'}"
     return Machine(name, memory, torch.__version__, "", "")
+
+
+def synchronize(where: torch.device) -> None:
+    """Wait until `where` has done all it was given; a CPU has."""
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
 
 
 @cache

@@ -14,6 +14,7 @@ from rannc_hf.capture.instantiate import block_function
 from rannc_hf.capture.recompute import recomputed
 from rannc_hf.cost.analytic import main_dtype
 from rannc_hf.cost.devices import Device
+from rannc_hf.cost.machine import synchronize
 from rannc_hf.cost.memory import BlockMemory, block_memory, nodes_by_name
 from rannc_hf.cost.ops import op_name
 from rannc_hf.cost.table import BlockCost, CostTable
@@ -204,20 +205,16 @@ class _Trial:
         for leaf in self.inputs:
             leaf.grad = None
 
-    def synchronize(self) -> None:
-        if self.where.type == "cuda":
-            torch.cuda.synchronize(self.where)
-
 
 def _times_us(trial: _Trial, forward: Forward, repeats: int) -> tuple[float, float]:
     """Microseconds of a forward and of a backward when many follow each other."""
-    trial.synchronize()
+    synchronize(trial.where)
     started = time.perf_counter()
     runs = [forward() for _ in range(repeats)]
-    trial.synchronize()
+    synchronize(trial.where)
     middle = time.perf_counter()
     trial.backward(runs)
-    trial.synchronize()
+    synchronize(trial.where)
     ended = time.perf_counter()
     return (middle - started) / repeats * 1e6, (ended - middle) / repeats * 1e6
 

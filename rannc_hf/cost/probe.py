@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from rannc_hf.cost.analytic import _BANDWIDTH_EFFICIENCY
-from rannc_hf.cost.work import MATMUL_EFFICIENCY
+from rannc_hf.cost.machine import synchronize
+from rannc_hf.cost.work import BANDWIDTH_EFFICIENCY, MATMUL_EFFICIENCY
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROUND_S = 0.05
@@ -42,7 +42,7 @@ class Reached:
         share = 1.0 if is_cpu else MATMUL_EFFICIENCY
         return {
             "matmul_flops": {kind: rate / share for kind, rate in self.matmul_flops.items()},
-            "memory_bandwidth": self.memory_bandwidth / _BANDWIDTH_EFFICIENCY,
+            "memory_bandwidth": self.memory_bandwidth / BANDWIDTH_EFFICIENCY,
             "kernel_us": self.kernel_us,
             "host_us": self.host_us,
         }
@@ -65,11 +65,11 @@ def seconds_of(run: Callable[[], object], where: torch.device) -> float:
 
 
 def _round(run: Callable[[], object], repeats: int, where: torch.device) -> float:
-    _synchronize(where)
+    synchronize(where)
     started = time.perf_counter()
     for _ in range(repeats):
         run()
-    _synchronize(where)
+    synchronize(where)
     return max(time.perf_counter() - started, 1e-7) / repeats
 
 
@@ -126,8 +126,3 @@ def _host_us(where: torch.device) -> float:
     # Forward: product, sum, activation. Backward: activation, sum over rows, two products, two additions to gradients.
     operations = layers * (3 + 6)
     return seconds_of(run, where) / operations * 1e6
-
-
-def _synchronize(where: torch.device) -> None:
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)

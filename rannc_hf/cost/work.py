@@ -15,6 +15,8 @@ from rannc_hf.cost import ops
 
 MATMUL_EFFICIENCY = 0.78
 """Share of the peak that large matrix products reach (790 of 989 TFLOP/s)."""
+BANDWIDTH_EFFICIENCY = 0.8
+"""Share of the peak bandwidth that large operations reach."""
 _UNALIGNED_EFFICIENCY = 0.26
 """Products whose rows do not start at multiples of 16 bytes, e.g. a vocabulary of 30522."""
 _ATTENTION_EFFICIENCY = (0.45, 0.45)

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from rannc_hf.engine.sharding import BucketSpec
-
-ALIGNMENT = 64
-"""Parameters start at multiples of this many elements: vectorised kernels need aligned addresses."""
+from rannc_hf.partition.memory import ALIGNMENT
 
 
 class Bucket:

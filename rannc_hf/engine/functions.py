@@ -82,23 +82,19 @@ class _Tried:
     """A compiled function, or the plain one from the first failure of the compiler on."""
 
     def __init__(self, compiled: BlockFunction, plain: BlockFunction, what: str) -> None:
-        self._compiled, self._plain, self._what = compiled, plain, what
-        self._failed = self._ran = False
+        self._function, self._plain, self._what = compiled, plain, what
+        self._ran = False
 
     def __call__(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if self._failed:
-            return self._plain(*arguments)
         try:
             if self._ran:
-                return self._compiled(*arguments)
+                return self._function(*arguments)
             with _backward_at_once():
-                results = self._compiled(*arguments)
+                results = self._function(*arguments)
             self._ran = True
             return results
-        except torch.OutOfMemoryError:
-            raise
         except COMPILER_ERRORS as error:
-            self._failed = True
+            self._function, self._ran = self._plain, True
             warnings.warn(
                 f"{self._what} runs uncompiled, because it cannot be compiled here: {reason_of(error)}. "
                 "Set `compile: false` to leave it at that, `compile: true` to make it an error",

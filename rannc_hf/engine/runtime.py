@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -77,8 +78,7 @@ class Runtime:
         inputs, batched = self._inputs(batch)
         counts = self.counts(inputs, batched, 0, batch.samples)
         spans = [(m.start + start, m.start + stop) for m in microbatches for start, stop in [self.executor.span(m)]]
-        parts = [(b - a, part_of(inputs, batched, a, b)) for a, b in spans]
-        compute = self._variants.for_training(batch.unpadded, parts)
+        compute = self._variants.for_training(batch.unpadded, spans, partial(part_of, inputs, batched))
         step = Step(compute, microbatches, inputs, batched, [counts] * len(microbatches), number, train=True)
         self.store.begin_step()
         self.executor.run(self._actions(len(microbatches)), step)

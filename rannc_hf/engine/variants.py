@@ -22,6 +22,9 @@ from rannc_hf.engine.program import StageProgram
 from rannc_hf.engine.stage import StageReplica
 
 Make = Callable[[StageProgram, Graph], StageReplica]
+Spans = Sequence[tuple[int, int]]
+"""First sample of the global batch and the one after the last."""
+Part = Callable[[int, int], Tensors]
 
 
 class Variants:
@@ -45,12 +48,12 @@ class Variants:
         """The variant that computes all rows, for a batch in which the masks `unpadded` hide nothing."""
         return self._heads(unpadded).replica(None)
 
-    def for_training(self, unpadded: frozenset[str], parts: Sequence[tuple[int, Tensors]]) -> list[StageReplica]:
-        """The variant for each microbatch, given this replica's samples of it: how many, and the graph's inputs.
+    def for_training(self, unpadded: frozenset[str], spans: Spans, part: Part) -> list[StageReplica]:
+        """The variant for each microbatch, given this replica's samples of it, and the graph's inputs for such a span.
 
         Where a head could run on fewer rows, this waits for the number of labels once, for all microbatches together.
         """
-        return self._heads(unpadded).for_parts(parts)
+        return self._heads(unpadded).for_spans(spans, part)
 
     def _heads(self, unpadded: frozenset[str]) -> _Heads:
         return self._unmasked if self._fields <= unpadded else self._masked
@@ -64,16 +67,14 @@ class _Heads:
         self.head = sparse_head(graph)
         self.replicas: dict[int | None, StageReplica] = {}
 
-    def for_parts(self, parts: Sequence[tuple[int, Tensors]]) -> list[StageReplica]:
+    def for_spans(self, spans: Spans, part: Part) -> list[StageReplica]:
         head = self.head
         if head is None:
-            return [self.replica(None)] * len(parts)
+            return [self.replica(None)] * len(spans)
         functions = self.replica(None).functions
-        counts = [
-            head.labelled(functions.preamble((head.target,), samples, inputs)[head.target]) for samples, inputs in parts
-        ]
-        labelled = torch.stack(counts).tolist()
-        return [self.replica(head.capacity(count, samples)) for count, (samples, _) in zip(labelled, parts)]
+        targets = [functions.preamble((head.target,), b - a, part(a, b))[head.target] for a, b in spans]
+        labelled = torch.stack([head.labelled(target) for target in targets]).tolist()
+        return [self.replica(head.capacity(count, b - a)) for count, (a, b) in zip(labelled, spans)]
 
     def replica(self, capacity: int | None) -> StageReplica:
         """With the head on `capacity` rows a sample; None for all."""

@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float64]
 Number = TypeVar("Number", float, Floats)
 
 ALIGNMENT = 64
-"""Parameters start at multiples of this many elements in flat buffers."""
+"""Parameters start at multiples of this many elements in flat buffers: vectorised kernels need aligned addresses."""
 _MOMENTS = 2
 """Adam's. Optimizers with less state leave memory unused."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rannc_hf.capture.disk import replace_file
 from rannc_hf.capture.graph import Graph
 from rannc_hf.partition.fields import PlanFieldError, read_dataclass
 from rannc_hf.partition.schedules import SCHEDULES
@@ -112,11 +113,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; a reader never sees half of it."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(target)
+        replace_file(Path(path), lambda partial: partial.write_text(self.to_json(), encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

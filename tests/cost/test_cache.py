@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import multiprocessing
 import re
 
@@ -22,18 +21,6 @@ from rannc_hf.cost.table import CostTable
 CPU = torch.device("cpu")
 GRAPH = make_graph([8, 8, 8, 16])
 BLOCK = GRAPH.blocks[0]
-
-
-@pytest.fixture
-def log():
-    """Messages that the library logs."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("rannc_hf")
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import re
 
 import pytest
@@ -29,18 +28,6 @@ ABOUT = {"date": "today"}
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("RANNC_CACHE", str(tmp_path))
     return tmp_path
-
-
-@pytest.fixture
-def log():
-    """Messages that the library logs."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("rannc_hf")
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
 
 
 def here():

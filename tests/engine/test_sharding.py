@@ -12,13 +12,14 @@ from torch import nn
 
 from rannc_hf.capture import Graph
 from rannc_hf.engine import RanncModel
-from rannc_hf.engine.buckets import ALIGNMENT, Bucket, empty
+from rannc_hf.engine.buckets import Bucket, empty
 from rannc_hf.engine.gathering import StageParameters
 from rannc_hf.engine.parameters import ParameterStore
 from rannc_hf.engine.reduction import GradientReducer
 from rannc_hf.engine.sharding import BucketSpec, bucket_specs
 from rannc_hf.engine.stage import StageReplica
 from rannc_hf.engine.transport import LocalWorld, Transport
+from rannc_hf.partition.memory import ALIGNMENT
 from rannc_hf.partition.shards import SHARDS, owners, shardable
 from tests.parity.harness import CPU, even_plan, loss_of, on_ranks, planner, shards
 from tests.parity.models import CASES
