@@ -14,8 +14,6 @@ import copy
 import gc
 import itertools
 import json
-import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from common import Batch, pretraining_batch, versions
 from torch import nn
 from transformers import BertConfig, BertForPreTraining
 
@@ -33,7 +31,6 @@ from rannc_hf.engine import RanncModel
 from rannc_hf.engine.transport import LocalWorld, Transport
 from rannc_hf.partition.plan import Plan, StagePlan
 
-Batch = dict[str, torch.Tensor]
 LEARNING_RATE = 1e-4
 
 
@@ -77,18 +74,6 @@ def build(options: argparse.Namespace) -> nn.Module:
         attention_probs_dropout_prob=options.dropout,
     )
     return BertForPreTraining(config).train()
-
-
-def make_batch(options: argparse.Namespace, vocabulary: int) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    samples = options.batch * options.accumulate
-    ids = torch.randint(5, vocabulary, (samples, options.length), generator=generator)
-    labelled = torch.rand(ids.shape, generator=generator) < 0.15
-    return {
-        "input_ids": ids.cuda(),
-        "labels": torch.where(labelled, ids, -100).cuda(),
-        "next_sentence_label": torch.randint(0, 2, (samples,), generator=generator).cuda(),
-    }
 
 
 def flops_per_sample(options: argparse.Namespace, vocabulary: int) -> float:
@@ -192,7 +177,8 @@ def staged(options: argparse.Namespace, batch: Batch, flops: float, stages: int)
 def main() -> None:
     options = arguments()
     vocabulary = BertConfig().vocab_size
-    batch, flops = make_batch(options, vocabulary), flops_per_sample(options, vocabulary)
+    batch = pretraining_batch(options.batch * options.accumulate, options.length, vocabulary, "cuda")
+    flops = flops_per_sample(options, vocabulary)
     jobs: list[Callable[[], Row]] = [
         lambda: transformers_autocast(options, batch, flops, compiled=False),
         lambda: transformers_autocast(options, batch, flops, compiled=True),
@@ -210,12 +196,8 @@ def main() -> None:
 
 def write(options: argparse.Namespace, rows: list[Row]) -> None:
     about: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        **versions(),
         "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
+from common import pretraining_batch, versions
 from transformers import BertConfig, BertForPreTraining
 
 from rannc_hf.capture import Graph, capture
@@ -34,8 +32,6 @@ from rannc_hf.engine.transport import LocalWorld, Transport
 from rannc_hf.partition.cluster import Cluster
 from rannc_hf.partition.plan import Plan
 from rannc_hf.partition.search import find_plan
-
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,18 +65,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_batch(options: argparse.Namespace, samples: int, vocabulary: int) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, vocabulary, (samples, options.length), generator=generator)
-    labelled = torch.rand(ids.shape, generator=generator) < 0.15
-    batch = {
-        "input_ids": ids,
-        "labels": torch.where(labelled, ids, -100),
-        "next_sentence_label": torch.randint(0, 2, (samples,), generator=generator),
-    }
-    return {name: value.to(options.device) for name, value in batch.items()}
-
-
 def plan_for(case: str, graph: Graph, costs: CostTable, cluster: Cluster, microbatches: int) -> Plan:
     samples, *rest = case.split(":")
     recompute, schedule = [*rest, *("none", "1f1b")[len(rest) :]]
@@ -101,7 +85,7 @@ def run(config: BertConfig, plan: Plan, options: argparse.Namespace) -> tuple[fl
     torch.manual_seed(0)
     with torch.device(device):
         model = BertForPreTraining(config).train()
-    batch = make_batch(options, plan.batch_size, config.vocab_size)
+    batch = pretraining_batch(plan.batch_size, options.length, config.vocab_size, options.device)
 
     def train(transport: Transport) -> float:
         wrapped = RanncModel(
@@ -157,7 +141,7 @@ def main() -> None:
     started = time.perf_counter()
     with torch.device("meta"):
         blank = BertForPreTraining(config).train()
-    batch = make_batch(options, 8, config.vocab_size)
+    batch = pretraining_batch(8, options.length, config.vocab_size, options.device)
     whole = capture(blank, batch, dtype=torch.bfloat16)
     graph = graph_to_run(whole, ("attention_mask",), lambda head: labelled_share(whole, batch, 8, head))
     captured = time.perf_counter()
@@ -189,12 +173,8 @@ def main() -> None:
 
 def write(options: argparse.Namespace, rows: list[Row], capture_s: float, measure_s: float) -> None:
     about = {
-        "command": " ".join(["python", *sys.argv]),
+        **versions(),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
         "capture_s": capture_s,
         "measure_s": measure_s,
     }

@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import transformers
+from common import pretraining_batch, versions
 from transformers import BertConfig, BertForPreTraining
 
 from rannc_hf.capture import Graph, capture
@@ -93,17 +92,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps of each plan in a round")
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
-
-
-def make_batch(options: argparse.Namespace) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, options.vocabulary, (options.batch, options.length), generator=generator)
-    labelled = torch.rand(ids.shape, generator=generator) < 0.15
-    return {
-        "input_ids": ids,
-        "labels": torch.where(labelled, ids, -100),
-        "next_sentence_label": torch.randint(0, 2, (options.batch,), generator=generator),
-    }
 
 
 def make_model(options: argparse.Namespace) -> BertForPreTraining:
@@ -172,7 +160,7 @@ def run(rank: int, options: argparse.Namespace, store: str, result: str) -> None
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    batch = make_batch(options)
+    batch = pretraining_batch(options.batch, options.length, options.vocabulary, "cpu")
     whole = capture(make_model(options), batch)
     graph = graph_to_run(whole, ("attention_mask",), lambda head: labelled_share(whole, batch, options.batch, head))
     cluster, costs = measured_here(graph, options.batch)
@@ -222,10 +210,7 @@ def write(options: argparse.Namespace, about: dict[str, Any]) -> bool:
     rows = [Row(**row) for row in about["rows"]]
     pairs = verdicts(rows)
     about = {
-        "command": " ".join(["python", *sys.argv]),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        **versions(),
         **about,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
