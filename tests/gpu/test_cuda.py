@@ -27,6 +27,8 @@ pytestmark = pytest.mark.gpu
 
 DOUBLE = Tolerance(1e-8, 1e-8)
 """float64 on a GPU: sums in other orders (atomic additions in embedding gradients)."""
+T5 = Tolerance(1e-6, 1e-6)
+"""T5 takes the mean of squares in its norms in float32 whatever it trains in, and a compiled block in another order."""
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_stages_equal_the_plain_model(name: str, replicas: tuple[int, ...], shar
         wrapped.register_optimizer(optimizer)
         return train(wrapped, optimizer, parts[transport.rank], 3)
 
-    compare(merge(LocalWorld(ranks).run(run)), plain(model, batch, 3), DOUBLE)
+    compare(merge(LocalWorld(ranks).run(run)), plain(model, batch, 3), T5 if name == "t5" else DOUBLE)
 
 
 def test_bfloat16_with_dropout_repeats():
@@ -105,3 +107,32 @@ def test_bfloat16_with_dropout_repeats():
     assert kept[0] == again[0]
     assert again == pytest.approx(kept, rel=2e-3)
     assert kept[-1] < kept[0]
+
+
+def test_recomputed_blocks_have_the_gradients_of_kept_ones():
+    model = CASES["bert"].model(torch.float32)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    batch = {k: v.cuda() for k, v in CASES["bert"].batch_as(8, torch.float32).items()}
+
+    def one_step(recompute: str) -> Result:
+        def run(transport: Transport) -> Result:
+            own = copy.deepcopy(model)
+            wrapped = RanncModel(
+                own,
+                RanncConfig(compile=True),
+                device=torch.device("cuda", 0),
+                compute_dtype=torch.bfloat16,
+                transport=transport,
+                planner=planner((1, 1), 2, recompute=recompute),
+            )
+            optimizer = optimizer_of(own)
+            wrapped.register_optimizer(optimizer)
+            return train(wrapped, optimizer, shards(batch, 2)[transport.rank], 1)
+
+        return merge(LocalWorld(2).run(run))
+
+    # Other random numbers in the second forward would move gradients by about their own size. The two ways may be
+    # compiled into different kernels, whose bf16 results differ in the last bit (2^-8).
+    compare(one_step("blocks"), one_step("none"), Tolerance(2e-2, 2e-2, floor=0.1))
