@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,10 @@ from .graph import Block, Graph
 from .passes.per_sample import PerSample
 
 
-def block_function(
-    graph: Graph, block: Block, samples: int, device: torch.device, compiled: bool = False
-) -> Callable[..., tuple[torch.Tensor, ...]]:
+def block_function(graph: Graph, block: Block, samples: int, device: torch.device) -> fx.GraphModule:
     """The pure function of `block`: ``f(*parameters, *inputs, *preamble) -> tuple of outputs``.
 
-    It is the same for every block with the same key. `compiled`: by `torch.compile`, at its first call.
+    It is the same for every block with the same key.
     """
     by_name = {n.name: n for n in graph.fx_graph.nodes}
     canonical = graph.parameter_inputs
@@ -34,8 +32,23 @@ def block_function(
     for name in block.nodes:
         values[name] = copy_node(made, by_name[name], get, samples, device)
     made.output(tuple(values[name] for name in block.outputs))
-    module = fx.GraphModule({}, made)
-    return torch.compile(module, dynamic=False, fullgraph=True) if compiled else module
+    return fx.GraphModule({}, made)
+
+
+def wanted_gradients(graph: Graph, block: Block, live: Collection[str]) -> tuple[bool, ...]:
+    """For each argument of the block's function whether training needs its gradient.
+
+    `live`: the graph's `gradient_parameters()`.
+    """
+    if not graph.training:
+        return (False,) * (len(block.parameters) + len(block.inputs) + len(block.preamble))
+    values = [graph.values[name].needs_grad for name in block.inputs]
+    return (*(name in live for name in block.parameters), *values, *(False for _ in block.preamble))
+
+
+def sum_dtypes(graph: Graph, block: Block) -> tuple[torch.dtype, ...]:
+    """For each parameter of the block the dtype in which its gradients are added up: that of its master."""
+    return tuple(graph.parameters[name].dtype for name in block.parameters)
 
 
 def preamble_function(

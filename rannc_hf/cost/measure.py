@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
+from rannc_hf.capture.compiled import Compiled
+from rannc_hf.capture.differentiable import Differentiable, WithAutograd
 from rannc_hf.capture.graph import Block, Graph, ValueSpec
-from rannc_hf.capture.instantiate import block_function
-from rannc_hf.capture.recompute import recomputed
+from rannc_hf.capture.instantiate import block_function, sum_dtypes, wanted_gradients
+from rannc_hf.capture.seeds import seed_device
 from rannc_hf.cost.analytic import main_dtype
 from rannc_hf.cost.devices import Device
 from rannc_hf.cost.machine import synchronize
@@ -28,7 +31,11 @@ _REPEATS = 20
 _ENOUGH_US = 2e5
 """Larger numbers of samples are left to extrapolation once a forward and backward takes this long, twice."""
 
-Forward = Callable[[], Sequence[torch.Tensor]]
+Run = tuple[Sequence[torch.Tensor], Any]
+"""Outputs of a forward, and what it keeps for its backward."""
+Forward = Callable[[], Run]
+_AGAIN = object()
+"""In the place of what a forward keeps: it is to be computed again."""
 
 
 def measured_costs(
@@ -109,7 +116,7 @@ def _point(subject: _Subject, samples: int, device: Device) -> BlockCost:
 
 def _timed(trial: _Trial, forward: Forward, device: Device) -> tuple[float, float, BlockMemory]:
     # The first run loads kernels and fills the allocator's cache.
-    trial.backward([forward()])
+    trial.backward(forward())
     memory = (
         _memory(trial, forward)
         if trial.where.type == "cuda"
@@ -140,70 +147,55 @@ class _Trial:
     compiled: bool
 
     def __post_init__(self) -> None:
-        self.function = block_function(self.graph, self.block, self.samples, self.where, self.compiled)
         placeholders = {name: placeholder for placeholder, name in self.graph.parameter_inputs.items()}
         names = [*self.block.inputs, *self.block.preamble]
         self.parameters = {p: self._made_up(self.graph.values[placeholders[p]]) for p in self.block.parameters}
         rows = _table_rows(self.graph, self.block)
         self.inputs = [self._made_up(self.graph.values[name], rows.get(name, 1)) for name in names]
-        for name, leaf in self.parameters.items():
-            if leaf.requires_grad:
-                self._add_up(leaf, self.graph.parameters[name].dtype)
+        self.arguments = [*self.parameters.values(), *self.inputs]
+        wanted = wanted_gradients(self.graph, self.block, self.graph.gradient_parameters())
+        dtypes = sum_dtypes(self.graph, self.block)
+        self.sums = [
+            torch.zeros(p.shape, dtype=dtype, device=self.where) if needed else None
+            for p, dtype, needed in zip(self.parameters.values(), dtypes, wanted)
+        ]
+        function = block_function(self.graph, self.block, self.samples, self.where)
+        self.function: Differentiable = (
+            Compiled(function, self.arguments, wanted, dtypes) if self.compiled else WithAutograd(function, wanted)
+        )
 
     def _made_up(self, spec: ValueSpec, rows: int = 1) -> torch.Tensor:
         """Small random numbers, so that nothing overflows; true masks; indices into tables of `rows` rows."""
         shape = spec.at(self.samples)
         if spec.dtype.is_floating_point:
-            made = torch.randn(shape, device=self.where, dtype=torch.float32).mul_(0.02).to(spec.dtype)
-            return made.requires_grad_(spec.needs_grad)
+            return torch.randn(shape, device=self.where, dtype=torch.float32).mul_(0.02).to(spec.dtype)
         if spec.dtype == torch.bool:
             return torch.ones(shape, device=self.where, dtype=torch.bool)
         return torch.randint(0, rows, shape, device=self.where, dtype=spec.dtype)
 
-    def _add_up(self, leaf: torch.Tensor, dtype: torch.dtype) -> None:
-        """Sum gradients as the engine does: in place where the precisions are equal, else by a hook."""
-        total = torch.zeros(leaf.shape, dtype=dtype, device=self.where)
-        if dtype == leaf.dtype:
-            leaf.grad = total
-            return
-
-        def add(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            total.add_(parameter.grad)
-            parameter.grad = None
-
-        leaf.register_post_accumulate_grad_hook(add)
-
     @cached_property
-    def gradients(self) -> dict[int, torch.Tensor]:
-        """Gradients of the outputs that have one, by position."""
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Gradients of the outputs; None for those that have none."""
         specs = [self.graph.values[name] for name in self.block.outputs]
-        return {
-            i: torch.ones(s.at(self.samples), dtype=s.dtype, device=self.where)
-            for i, s in enumerate(specs)
-            if s.needs_grad
-        }
+        return [
+            torch.ones(s.at(self.samples), dtype=s.dtype, device=self.where) if s.needs_grad else None for s in specs
+        ]
 
-    def forward(self) -> Sequence[torch.Tensor]:
-        return self._seeded(*self.parameters.values(), *self.inputs)
-
-    def forward_to_recompute(self) -> Sequence[torch.Tensor]:
-        """A forward whose backward computes it again."""
-        flows = [self.graph.values[name].needs_grad for name in self.block.outputs]
-        return recomputed(self._seeded, [*self.parameters.values(), *self.inputs], flows)
-
-    def _seeded(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self) -> Run:
         if self.block.random:
-            torch.manual_seed(0)
-        return self.function(*arguments)
+            seed_device(self.where, 0)
+        return self.function.forward(self.arguments, True)
 
-    def backward(self, runs: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Backwards of several forwards in one call, as the blocks of a stage have one."""
-        heads = [(outputs[i], g) for outputs in runs for i, g in self.gradients.items() if outputs[i].requires_grad]
-        if heads:
-            torch.autograd.backward([h for h, _ in heads], [g for _, g in heads])
-        for leaf in self.inputs:
-            leaf.grad = None
+    def forward_to_recompute(self) -> Run:
+        """A forward whose backward computes it again."""
+        outputs, _ = self.forward()
+        return outputs, _AGAIN
+
+    def backward(self, run: Run) -> None:
+        _, kept = run
+        if kept is _AGAIN:
+            _, kept = self.forward()
+        self.function.backward(kept, self.gradients, self.sums)
 
 
 def _times_us(trial: _Trial, forward: Forward, repeats: int) -> tuple[float, float]:
@@ -213,7 +205,8 @@ def _times_us(trial: _Trial, forward: Forward, repeats: int) -> tuple[float, flo
     runs = [forward() for _ in range(repeats)]
     synchronize(trial.where)
     middle = time.perf_counter()
-    trial.backward(runs)
+    while runs:
+        trial.backward(runs.pop())
     synchronize(trial.where)
     ended = time.perf_counter()
     return (middle - started) / repeats * 1e6, (ended - middle) / repeats * 1e6
@@ -226,12 +219,12 @@ def _memory(trial: _Trial, forward: Forward) -> BlockMemory:
     trial.__dict__.pop("gradients", None)
     before = torch.cuda.memory_allocated(where)
     torch.cuda.reset_peak_memory_stats(where)
-    outputs = forward()
+    outputs, kept = forward()
     after, forward_peak = torch.cuda.memory_allocated(where), torch.cuda.max_memory_allocated(where)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in outputs}
     saved = after - before
     torch.cuda.reset_peak_memory_stats(where)
-    trial.backward([outputs])
+    trial.backward((outputs, kept))
     peak = max(forward_peak, torch.cuda.max_memory_allocated(where))
     return BlockMemory(saved, min(saved, sum(storages.values())), peak - after)
 

@@ -49,11 +49,14 @@ class Bucket:
             if wide and self.master is not None
             else torch.empty(self.size, dtype=self.dtype if wide else compute_dtype, device=device)
         )
-        self._adds_in_place = wide and not spec.streamed
         self.compute = {key: self._leaf(key) for key in self.spans}
         if spec.gathered and not self.owned:
             free(self.flat_compute)
         self.gradient: torch.Tensor | None = None
+        """Sum of the gradients of a step."""
+        self._streamed: torch.Tensor | None = None
+        """Gradients of one backward of a block, on their way to the owner."""
+        self._sums: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
 
     def view(self, flat: torch.Tensor, key: str) -> torch.Tensor:
         """The part of a flat tensor that belongs to parameter `key`, in its shape."""
@@ -74,8 +77,7 @@ class Bucket:
 
     def _leaf(self, key: str) -> torch.Tensor:
         # `.data`: the compute leaf must not share the version counter of what the optimizer or a transfer changes.
-        leaf = self.view(self.flat_compute, key).data
-        return leaf.requires_grad_(self.spec.trainable)
+        return self.view(self.flat_compute, key).data
 
     @torch.no_grad()
     def cast(self) -> None:
@@ -89,9 +91,8 @@ class Bucket:
         """Make a zeroed sum of gradients for one step, apart from gradients that were published and not cleared."""
         if not self.spec.trainable:
             return
-        for leaf in self.compute.values():
-            # A step that failed may have left some.
-            leaf.grad = None
+        # A step that failed may have left some.
+        self._streamed = None
         if self.spec.streamed and not self.owned:
             return
         # A buffer that a user's `.grad` is a view of (it was published, and not cleared) is the user's now.
@@ -102,26 +103,24 @@ class Bucket:
             self.gradient = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         else:
             self.gradient.zero_()
-        if self._adds_in_place:
-            for key, leaf in self.compute.items():
-                leaf.grad = self.view(self.gradient, key)
 
-    def accumulate(self, key: str) -> None:
-        """Add the gradient of a leaf to the sum; in full precision autograd has done so already."""
-        if not self._adds_in_place:
-            leaf = self.compute[key]
-            assert self.gradient is not None and leaf.grad is not None
-            self.view(self.gradient, key).add_(leaf.grad)
-            leaf.grad = None
+    def sum(self, key: str) -> torch.Tensor | None:
+        """Where the gradients of parameter `key` are added; None where it is not trained."""
+        if not self.spec.trainable:
+            return None
+        if self.spec.streamed:
+            if self._streamed is None:
+                self._streamed = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+            return self.view(self._streamed, key)
+        assert self.gradient is not None, self.name
+        if self._sums is None or self._sums[0] is not self.gradient:
+            self._sums = self.gradient, {key: self.view(self.gradient, key) for key in self.spans}
+        return self._sums[1][key]
 
     def collect(self) -> torch.Tensor:
-        """Take the leaves' gradients away from them: a new flat tensor, zero where there are none."""
-        flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        for key, leaf in self.compute.items():
-            if leaf.grad is not None:
-                self.view(flat, key).copy_(leaf.grad)
-                leaf.grad = None
-        return flat
+        """Take what a backward has added to a streamed bucket: a flat tensor."""
+        found, self._streamed = self._streamed, None
+        return found if found is not None else torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
     def publish(self, scale: float) -> None:
@@ -138,8 +137,6 @@ class Bucket:
                     parameter.grad = view
                 else:
                     parameter.grad.add_(view)
-        for leaf in self.compute.values():
-            leaf.grad = None
 
 
 def empty(parameter: nn.Parameter, device: torch.device) -> None:

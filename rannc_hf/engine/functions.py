@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx as fx
 
+from rannc_hf.capture.compiled import Compiled, NotCompiled
+from rannc_hf.capture.differentiable import Differentiable, Gradients, WithAutograd
 from rannc_hf.capture.graph import Block, Graph
-from rannc_hf.capture.instantiate import block_function, preamble_function
+from rannc_hf.capture.instantiate import block_function, preamble_function, sum_dtypes, wanted_gradients
 from rannc_hf.config import RanncConfig
 
 Tensors = Mapping[str, torch.Tensor]
-BlockFunction = Callable[..., tuple[torch.Tensor, ...]]
-COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
-"""What `torch.compile` raises where it cannot compile a function."""
 
 
 @dataclass
 class Compilation:
-    """Which block functions are compiled. Shared by the variants of a graph.
+    """Which blocks are compiled. Shared by the variants of a graph.
 
-    Compiling takes seconds a function, so that only what returns in every step is compiled: slices of the sizes that
+    Compiling takes seconds a block, so that only what returns in every step is compiled: slices of the sizes that
     the plan makes of a full batch, at once for the shapes it was made for, and after a step for others.
     """
 
@@ -44,26 +43,33 @@ def wants_compiled(config: RanncConfig, device: torch.device) -> bool:
 
 
 class Functions:
-    """Block functions and preamble functions of `graph`. Those of `like`, a variant of the same graph, are shared."""
+    """Blocks and preamble functions of `graph`. Blocks of `like`, a variant of the same graph, are shared."""
 
     def __init__(
         self, graph: Graph, device: torch.device, compilation: Compilation, like: Functions | None = None
     ) -> None:
         self.graph, self.device, self.compilation = graph, device, compilation
         # Blocks with equal keys compute the same in all variants of a graph.
-        self._blocks: dict[tuple[str, int, bool], BlockFunction] = like._blocks if like is not None else {}
-        self._preambles: dict[tuple[tuple[str, ...], int], tuple[BlockFunction, tuple[str, ...]]] = {}
+        self._blocks: dict[tuple[str, int, bool, tuple[bool, ...]], Differentiable]
+        self._blocks = like._blocks if like is not None else {}
+        self._live = graph.gradient_parameters()
+        self._preambles: dict[tuple[tuple[str, ...], int], tuple[Callable[..., Any], tuple[str, ...]]] = {}
+        self._wanted: dict[str, tuple[bool, ...]] = {}
 
-    def block(self, block: Block, samples: int) -> BlockFunction:
-        """The pure function of a block; blocks with equal keys share it."""
+    def block(self, block: Block, samples: int) -> Differentiable:
+        """What runs a block; blocks with equal keys share it."""
         compiled = self.compilation.active and samples in self.compilation.samples
-        key = (block.key, samples, compiled)
+        wanted = self._wanted.get(block.nodes[0])
+        if wanted is None:
+            wanted = self._wanted[block.nodes[0]] = wanted_gradients(self.graph, block, self._live)
+        key = (block.key, samples, compiled, wanted)
         if key not in self._blocks:
-            function: BlockFunction = block_function(self.graph, block, samples, self.device, compiled)
-            if compiled and not self.compilation.strict:
-                plain = block_function(self.graph, block, samples, self.device)
-                function = _Tried(function, plain, f"block {block.index} ({block.name})")
-            self._blocks[key] = function
+            function = block_function(self.graph, block, samples, self.device)
+            self._blocks[key] = (
+                _Compiling(function, wanted, sum_dtypes(self.graph, block), self.compilation.strict, _name(block))
+                if compiled
+                else WithAutograd(function, wanted)
+            )
         return self._blocks[key]
 
     def preamble(self, names: tuple[str, ...], samples: int, inputs: Tensors) -> dict[str, torch.Tensor]:
@@ -78,40 +84,44 @@ class Functions:
             return dict(zip(names, function(*[inputs[p] for p in placeholders])))
 
 
-class _Tried:
-    """A compiled function, or the plain one from the first failure of the compiler on."""
+class _Compiling:
+    """A block compiled when it first runs, for what it is given then; or run as it is where that fails."""
 
-    def __init__(self, compiled: BlockFunction, plain: BlockFunction, what: str) -> None:
-        self._function, self._plain, self._what = compiled, plain, what
-        self._ran = False
+    def __init__(
+        self, module: fx.GraphModule, wanted: tuple[bool, ...], sums: Sequence[torch.dtype], strict: bool, what: str
+    ) -> None:
+        self._module, self._wanted, self._sums = module, wanted, sums
+        self._strict, self._what = strict, what
+        self._made: Differentiable | None = None
 
-    def __call__(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, arguments: Sequence[torch.Tensor], keep: bool) -> tuple[tuple[torch.Tensor, ...], Any]:
+        """See `Differentiable`."""
+        if self._made is None:
+            self._made = self._make(arguments)
+        return self._made.forward(arguments, keep)
+
+    def backward(
+        self, kept: Any, gradients: Sequence[torch.Tensor | None], sums: Sequence[torch.Tensor | None]
+    ) -> Gradients:
+        """See `Differentiable`."""
+        assert self._made is not None
+        return self._made.backward(kept, gradients, sums)
+
+    def _make(self, arguments: Sequence[torch.Tensor]) -> Differentiable:
         try:
-            if self._ran:
-                return self._function(*arguments)
-            with _backward_at_once():
-                results = self._function(*arguments)
-            self._ran = True
-            return results
-        except COMPILER_ERRORS as error:
-            self._function, self._ran = self._plain, True
+            return Compiled(self._module, arguments, self._wanted, self._sums)
+        except NotCompiled as error:
+            if self._strict:
+                raise ValueError(
+                    f"{self._what} cannot be compiled: {error}. Set `compile: auto` to run it as it is"
+                ) from error
             warnings.warn(
-                f"{self._what} runs uncompiled, because it cannot be compiled here: {reason_of(error)}. "
+                f"{self._what} runs uncompiled, because it cannot be compiled here: {error}. "
                 "Set `compile: false` to leave it at that, `compile: true` to make it an error",
                 stacklevel=2,
             )
-            return self._plain(*arguments)
+            return WithAutograd(self._module, self._wanted)
 
 
-def _backward_at_once() -> contextlib.AbstractContextManager[Any]:
-    """Have a function's backward compiled with its forward, where it can still be run as it is."""
-    from torch._functorch import config
-
-    flag = "force_non_lazy_backward_lowering"
-    return config.patch(flag, True) if hasattr(config, flag) else contextlib.nullcontext()
-
-
-def reason_of(error: Exception) -> str:
-    """What the compiler's error goes back to, in a line."""
-    inner = getattr(error, "inner_exception", None) or error
-    return f"{type(inner).__name__}: {str(inner).strip()}".splitlines()[0]
+def _name(block: Block) -> str:
+    return f"block {block.index} ({block.name})"

@@ -34,8 +34,7 @@ class StageParameters(Mapping[str, torch.Tensor]):
         self._uses: Counter[Bucket] = Counter()
         """Blocks that have acquired each bucket, or are about to."""
         self._ahead: tuple[str, ...] | None = None
-        self.blockwise = any(bucket.spec.streamed for bucket in buckets)
-        """Whether each block's backward must be run by itself, and reported by `reduce`."""
+        self._streams = any(bucket.spec.streamed for bucket in buckets)
         self._gathered = [bucket for bucket in buckets if bucket.spec.gathered]
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -88,9 +87,18 @@ class StageParameters(Mapping[str, torch.Tensor]):
         memory = {bucket.flat_compute.untyped_storage().data_ptr() for bucket in self._gathered_for(names)}
         return [v.clone() if v.untyped_storage().data_ptr() in memory else v for v in outputs]
 
-    def reduce(self, names: tuple[str, ...]) -> None:
-        """After one backward of a block with the parameters `names`, the only block run in it. Collective."""
-        self._reducer.stream([bucket for bucket in self._buckets_for(names) if bucket.spec.streamed])
+    def sums(self, names: tuple[str, ...]) -> list[torch.Tensor | None]:
+        """Where a backward adds the gradients of `names`; None for those that are not trained."""
+        return [self._bucket_of[name].sum(name) for name in names]
+
+    def reduce(self, names: tuple[str, ...], complete: tuple[str, ...]) -> None:
+        """After a block's backward of a microbatch. Collective.
+
+        `names`: the block's parameters; `complete`: those of them that no block uses whose backward follows.
+        """
+        if self._streams:
+            self._reducer.stream([bucket for bucket in self._buckets_for(names) if bucket.spec.streamed])
+        self._reducer.complete(self._buckets_for(complete))
 
     def settle(self) -> None:
         """At the end of a step, so that masters may change: wait for copies that no block has needed."""

@@ -9,12 +9,13 @@ from functools import partial
 import torch
 
 from rannc_hf.capture import Graph
+from rannc_hf.capture.compiled import NotCompiled
 from rannc_hf.capture.graph import Block
 from rannc_hf.config import RanncConfig
 from rannc_hf.cost.choose import compiled_costs, costs_of, graph_to_run, labelled_share
 from rannc_hf.cost.table import CostTable
 from rannc_hf.engine.batch import GlobalBatch
-from rannc_hf.engine.functions import COMPILER_ERRORS, reason_of, wants_compiled
+from rannc_hf.engine.functions import wants_compiled
 from rannc_hf.engine.routes import nominal_slices
 from rannc_hf.partition.cluster import Cluster
 from rannc_hf.partition.plan import Plan
@@ -72,8 +73,8 @@ def _with_compiled_costs(
             compiled = compiled_costs(
                 costs, graph, device, {size: list(found.values()) for size, found in sizes.items()}, recompute=again
             )
-        except COMPILER_ERRORS as error:
-            logger.warning("rannc: planned with the costs of uncompiled blocks: %s", reason_of(error))
+        except NotCompiled as error:
+            logger.warning("rannc: planned with the costs of uncompiled blocks: %s", error)
             break
         plan = find_plan(graph, compiled, cluster, plan.batch_size, config)
     return plan

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -15,7 +14,7 @@ class GradientReducer:
     """Reduces the buckets of one rank: to all their ranks, or to their owner.
 
     A backend runs the collectives of a group in the order they are started, so that order must be the same on every
-    rank of the group. It is, whatever order autograd takes:
+    rank of the group. It is, whatever variant of its blocks a replica runs:
 
     - Buckets of one stage that are reduced once a step start in the reverse order of their first use, each when it and
       those before it are complete (as in S. Li et al., "PyTorch Distributed", VLDB 2020). What is not complete at the
@@ -32,12 +31,9 @@ class GradientReducer:
         self._tied = [b for b in trained if b.spec.tied]
         self._started = 0
         self._last = False
-        self._missing: dict[Bucket, int] = {}
+        self._complete: set[Bucket] = set()
         self._pending: list[Pending] = []
         self._streams: list[tuple[Bucket, torch.Tensor, Pending]] = []
-        for bucket in [*self._ordered, *self._tied]:
-            for key, leaf in bucket.compute.items():
-                leaf.register_post_accumulate_grad_hook(self._hook(bucket, key))
 
     def begin_step(self) -> None:
         """Before the first microbatch."""
@@ -48,10 +44,10 @@ class GradientReducer:
     def begin_last_backward(self) -> None:
         """Before the backward of the last microbatch: buckets may be reduced as they complete."""
         self._last, self._started = True, 0
-        self._missing = {bucket: len(bucket.compute) for bucket in self._ordered}
+        self._complete.clear()
 
     def stream(self, buckets: Sequence[Bucket]) -> None:
-        """Send what one backward of a block has left in the leaves of streamed `buckets` to their owners.
+        """Send what one backward of a block has added to streamed `buckets` to their owners.
 
         At most one block's sums are under way; they are added to the owners' at the next call.
         """
@@ -62,6 +58,15 @@ class GradientReducer:
             flat = bucket.collect()
             pending = self._transport.reduce(flat, owner, bucket.ranks, f"gradients of {bucket.name}")
             self._streams.append((bucket, flat, pending))
+
+    def complete(self, buckets: Sequence[Bucket]) -> None:
+        """A backward has passed the last block that uses `buckets`; in the last backward that completes them."""
+        if not self._last:
+            return
+        self._complete.update(buckets)
+        while self._started < len(self._ordered) and self._ordered[self._started] in self._complete:
+            self._start(self._ordered[self._started])
+            self._started += 1
 
     def finish(self) -> None:
         """Reduce what has not been reduced yet, and wait for all reductions."""
@@ -88,22 +93,3 @@ class GradientReducer:
             self._pending.append(self._transport.all_reduce(bucket.gradient, bucket.ranks, what))
         else:
             self._pending.append(self._transport.reduce(bucket.gradient, owner, bucket.ranks, what))
-
-    def _hook(self, bucket: Bucket, key: str) -> Callable[[torch.Tensor], None]:
-        # A leaf holds its hooks where the garbage collector does not look: what they hold would never be freed.
-        reducer, held = weakref.ref(self), weakref.ref(bucket)
-
-        def on_gradient(_: torch.Tensor) -> None:
-            own, complete = reducer(), held()
-            assert own is not None and complete is not None
-            own._arrived(complete, key)
-
-        return on_gradient
-
-    def _arrived(self, bucket: Bucket, key: str) -> None:
-        bucket.accumulate(key)
-        if self._last and not bucket.spec.tied:
-            self._missing[bucket] -= 1
-            while self._started < len(self._ordered) and self._missing[self._ordered[self._started]] == 0:
-                self._start(self._ordered[self._started])
-                self._started += 1

@@ -197,24 +197,19 @@ def buckets(count: int, shard: str, owner: int | None = 1, tied: tuple[int, ...]
     return result
 
 
-def uses(made: Iterable[Bucket], order: Iterable[int]) -> None:
-    """A backward that reaches the buckets' parameters in `order`."""
-    leaves = [next(iter(bucket.compute.values())) for bucket in made]
-    for index in order:
-        (leaves[index] * 1.0).sum().backward()
-
-
 @pytest.mark.parametrize("owner", [None, 1])
 @pytest.mark.parametrize("order", itertools.permutations(range(3)), ids=str)
-def test_reductions_start_in_one_order_whatever_that_of_autograd(order: tuple[int, ...], owner: int | None):
+def test_reductions_start_in_one_order_whatever_that_of_blocks(order: tuple[int, ...], owner: int | None):
     recorder = Recorder()
     made = buckets(4, "none" if owner is None else "optimizer", owner, tied=(3,))
     reducer = GradientReducer(made, recorder)  # type: ignore[arg-type]
     reducer.begin_step()
-    uses(made, [3, *order])
+    for index in (3, *order):
+        reducer.complete([made[index]])
     assert recorder.log == [], "only the last backward completes a bucket"
     reducer.begin_last_backward()
-    uses(made, [3, *order])
+    for index in (3, *order):
+        reducer.complete([made[index]])
     root = "all" if owner is None else str(owner)
     expected = [f"{root} gradients of {i}" for i in (2, 1, 0)]
     assert recorder.log == expected, "each starts as soon as those before it are complete"
@@ -228,7 +223,8 @@ def test_what_gets_no_gradient_is_reduced_at_the_end():
     reducer = GradientReducer(made, recorder)  # type: ignore[arg-type]
     reducer.begin_step()
     reducer.begin_last_backward()
-    uses(made, [2, 0])
+    reducer.complete([made[2]])
+    reducer.complete([made[0]])
     assert recorder.log == ["1 gradients of 2"]
     reducer.finish()
     assert recorder.log[:3] == ["1 gradients of 2", "1 gradients of 1", "1 gradients of 0"]
@@ -239,11 +235,14 @@ def test_streamed_gradients_are_freed_when_the_next_block_is_done():
     made = buckets(2, "gradients")
     reducer = GradientReducer(made, recorder)  # type: ignore[arg-type]
     reducer.begin_step()
+    on_the_way = []
     for index in (1, 0):
-        uses(made, [index])
+        total = made[index].sum(f"p{index}")
+        assert total is not None and not total.any()
+        on_the_way.append(total)
         reducer.stream([made[index]])
-        assert all(leaf.grad is None for leaf in made[index].compute.values())
     assert recorder.log == ["1 gradients of 1", "wait 1 gradients of 1", "1 gradients of 0"]
+    assert [memory([t]) > 0 for t in on_the_way] == [False, True]
     reducer.finish()
     assert recorder.log[3:] == ["wait 1 gradients of 0"]
 
