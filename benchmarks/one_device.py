@@ -3,7 +3,8 @@
     python benchmarks/one_device.py --output benchmarks/results/NAME
 
 Every row trains the same model on the same random tokens: bf16 computation, fp32 masters, fused AdamW, `--accumulate`
-microbatches of `--batch` samples a step, dropout as configured in BERT. A step is timed whole, optimizer included.
+microbatches of `--batch` samples a step, dropout as configured in BERT. Steps are timed whole, optimizer included, and
+`--steps` of them together, between which nothing waits for the device, as in a training loop that logs now and then.
 Writes NAME.json (all figures, versions, command) and NAME.md (a table).
 """
 
@@ -36,7 +37,7 @@ LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration's figures; times are medians over steps."""
+    """One configuration's figures; times are means of the steps of a round, the median of rounds."""
 
     name: str
     step_s: float
@@ -55,7 +56,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--accumulate", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5, help="steps of a round")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--dropout", type=float, default=0.1)
@@ -82,21 +84,22 @@ def flops_per_sample(options: argparse.Namespace, vocabulary: int) -> float:
     return s * (6 * (options.layers * 12 * h * h + h * h + h * vocabulary) + 12 * options.layers * s * h)
 
 
-def measure(name: str, step: Callable[[], float], options: argparse.Namespace, flops: float, started: float) -> Row:
+def measure(
+    name: str, step: Callable[[], torch.Tensor], options: argparse.Namespace, flops: float, started: float
+) -> Row:
     """Time `step`, which returns the loss."""
-    losses, times = [], []
-    for i in range(options.warmup + options.steps):
-        torch.cuda.synchronize()
+    losses, times = [step() for _ in range(options.warmup)], []
+    torch.cuda.synchronize()
+    setup = time.perf_counter() - started
+    for _ in range(options.rounds):
         begin = time.perf_counter()
-        losses.append(step())
+        losses += [step() for _ in range(options.steps)]
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-        if i + 1 == options.warmup:
-            setup = time.perf_counter() - started
-    median = sorted(times[options.warmup :])[options.steps // 2]
+        times.append((time.perf_counter() - begin) / options.steps)
+    median = sorted(times)[options.rounds // 2]
     samples = options.batch * options.accumulate / median
     peak = torch.cuda.max_memory_allocated() / 2**30
-    return Row(name, median, samples, samples * flops / 1e12, peak, losses[0], losses[-1], setup)
+    return Row(name, median, samples, samples * flops / 1e12, peak, losses[0].item(), losses[-1].item(), setup)
 
 
 def transformers_autocast(options: argparse.Namespace, batch: Batch, flops: float, compiled: bool) -> Row:
@@ -108,7 +111,7 @@ def transformers_autocast(options: argparse.Namespace, batch: Batch, flops: floa
         for layer in model.bert.encoder.layer:
             layer.compile()
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         total = torch.zeros((), device="cuda")
         for i in range(options.accumulate):
             part = {k: v[i * options.batch : (i + 1) * options.batch] for k, v in batch.items()}
@@ -118,7 +121,7 @@ def transformers_autocast(options: argparse.Namespace, batch: Batch, flops: floa
             total += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
-        return total.item()
+        return total
 
     return measure("transformers, autocast" + (", layers compiled" if compiled else ""), step, options, flops, started)
 
@@ -156,16 +159,16 @@ def staged(options: argparse.Namespace, batch: Batch, flops: float, stages: int)
         share = samples // stages
         own = {k: v[transport.rank * share : (transport.rank + 1) * share] for k, v in batch.items()}
 
-        def step() -> float:
-            loss = wrapped(**own).loss
+        def step() -> torch.Tensor:
+            loss: torch.Tensor = wrapped(**own).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            return loss.item() if transport.rank == 0 else 0.0
+            return loss.detach()
 
         if transport.rank == 0:
             return measure(f"rannc_hf, {stages} stage{'s' * (stages > 1)}", step, options, flops, started)
-        for _ in range(options.warmup + options.steps):
+        for _ in range(options.warmup + options.rounds * options.steps):
             step()
         return None
 

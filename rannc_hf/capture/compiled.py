@@ -152,6 +152,9 @@ class _Programs:
             self.summed.append(index)
             examples.append(example)
         output.args = (tuple(results),)
+        if visible := output.meta.get("user_visible_output_idxs"):
+            # The compiler keeps the layout of these.
+            output.meta["user_visible_output_idxs"] = [i for i in visible if results[i] is not None]
         graph.lint()
         module.recompile()
         return examples

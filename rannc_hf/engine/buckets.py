@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from rannc_hf.engine.scaling import multiply
 from rannc_hf.engine.sharding import BucketSpec
 from rannc_hf.partition.memory import ALIGNMENT
 
@@ -123,14 +124,13 @@ class Bucket:
         return found if found is not None else torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
-    def publish(self, scale: float) -> None:
+    def publish(self, scale: torch.Tensor) -> None:
         """Set (or add to) `.grad` of the user's parameters: the gradient of this step times `scale`."""
         if not self.spec.trainable:
             return
         if self.owned:
             assert self.gradient is not None
-            if scale != 1.0:
-                self.gradient.mul_(scale)
+            multiply(self.gradient, scale)
             for key, parameter in self.parameters.items():
                 view = self.view(self.gradient, key)
                 if parameter.grad is None:

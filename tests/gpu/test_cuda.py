@@ -9,6 +9,7 @@ import torch
 
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
+from rannc_hf.engine.scaling import multiply
 from rannc_hf.engine.transport import LocalWorld, Transport
 from tests.parity.harness import (
     Result,
@@ -136,3 +137,11 @@ def test_recomputed_blocks_have_the_gradients_of_kept_ones():
     # Other random numbers in the second forward would move gradients by about their own size. The two ways may be
     # compiled into different kernels, whose bf16 results differ in the last bit (2^-8).
     compare(one_step("blocks"), one_step("none"), Tolerance(2e-2, 2e-2, floor=0.1))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_gradients_are_scaled_without_waiting(factor: float):
+    flat = torch.randn(10_001, device="cuda")
+    wanted = flat * factor
+    multiply(flat, torch.tensor(factor, device="cuda"))
+    assert torch.equal(flat, wanted)
