@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -14,6 +15,7 @@ from rannc_hf.config import RanncConfig
 from rannc_hf.engine.batch import GlobalBatch
 from rannc_hf.engine.executor import Executor, Microbatch, Step, channels, part_of
 from rannc_hf.engine.functions import Compilation, Functions, wants_compiled
+from rannc_hf.engine.instructions import Instruction, Preparation
 from rannc_hf.engine.outputs import deliver, output_channels
 from rannc_hf.engine.parameters import ParameterStore
 from rannc_hf.engine.program import Program, StageProgram
@@ -23,6 +25,9 @@ from rannc_hf.engine.stage import StageReplica
 from rannc_hf.engine.transport import Transport
 from rannc_hf.engine.variants import Variants
 from rannc_hf.partition.plan import Plan
+
+_MOST_PREPARED = 32
+"""How many combinations of microbatch sizes are kept ready to run."""
 
 
 class Runtime:
@@ -48,7 +53,9 @@ class Runtime:
         self._model = model
         self._constants = {name: value.to(device) for name, value in self.graph.constants.items()}
         self.executor = Executor(program, plan, store, transport, device)
-        stage = self.executor.stage
+        self._preparation = Preparation(program, plan, transport.rank)
+        (stage,) = self._preparation.held
+        self._stage = stage
         recompute = plan.stages[stage].recompute == "blocks"
 
         self._compilation = Compilation(strict=config.compile is True, active=planned)
@@ -64,6 +71,7 @@ class Runtime:
         self._variants = Variants(program.stages[stage], self.graph, unmasked, replica)
         self._edges = {(e.producer, e.consumer): bool(e.gradients) for e in program.edges}
         self._lists: dict[int, list[Action]] = {}
+        self._prepared: dict[tuple[int, ...], list[Instruction]] = {}
         opened = channels(program, plan)
         if not self.graph.training:
             opened |= output_channels(program, transport.world_size)
@@ -73,15 +81,14 @@ class Runtime:
         """Forward and backward of the whole batch; the global loss, equal on all ranks. Gradients are not published."""
         replicas = max(s.replicas for s in self.plan.stages)
         sizes = microbatch_sizes(batch.samples, self.plan.batch_size, self.plan.microbatches, replicas)
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        microbatches = [Microbatch(i, a, a + n) for i, (a, n) in enumerate(zip(starts, sizes))]
+        microbatches = _consecutive(sizes)
         inputs, batched = self._inputs(batch)
         counts = self.counts(inputs, batched, 0, batch.samples)
-        spans = [(m.start + start, m.start + stop) for m in microbatches for start, stop in [self.executor.span(m)]]
-        compute = self._variants.for_training(batch.unpadded, spans, partial(part_of, inputs, batched))
+        spans = self._preparation.spans(self._stage, sizes)
+        compute = {self._stage: self._variants.for_training(batch.unpadded, spans, partial(part_of, inputs, batched))}
         step = Step(compute, microbatches, inputs, batched, [counts] * len(microbatches), number, train=True)
         self.store.begin_step()
-        self.executor.run(self._actions(len(microbatches)), step)
+        self.executor.run(self._instructions(sizes), step)
         self._compilation.active = True
         assert self.graph.loss is not None
         loss = torch.zeros((), dtype=self.graph.values[self.graph.loss].dtype, device=self.device)
@@ -94,22 +101,31 @@ class Runtime:
         """Outputs by path for this rank's own samples; the loss is that of this rank's samples."""
         nominal = -(-self.plan.batch_size // self.plan.microbatches)
         inputs, batched = self._inputs(batch)
-        microbatches: list[Microbatch] = []
+        sizes: list[int] = []
         owners: list[int] = []
         counts: list[Mapping[str, torch.Tensor]] = []
         for rank, samples in enumerate(batch.shards):
             first = batch.first(rank)
             # A microbatch has one owner, so a mean over the owner's samples is exact for each of them.
             for start, stop in slices(samples, -(-samples // nominal)) if samples else ():
-                microbatches.append(Microbatch(len(microbatches), first + start, first + stop))
+                sizes.append(stop - start)
                 owners.append(rank)
             shard_counts = self.counts(inputs, batched, first, first + samples) if samples else {}
-            counts += [shard_counts] * (len(microbatches) - len(counts))
-        compute = [self._variants.whole(batch.unpadded)] * len(microbatches)
-        step = Step(compute, microbatches, inputs, batched, counts, number, train=False)
+            counts += [shard_counts] * (len(sizes) - len(counts))
+        compute = {self._stage: [self._variants.whole(batch.unpadded)] * len(sizes)}
+        step = Step(compute, _consecutive(sizes), inputs, batched, counts, number, train=False)
         with torch.no_grad():
-            self.executor.run(self._actions(len(microbatches)), step)
+            self.executor.run(self._instructions(sizes), step)
             return deliver(self.executor, step, owners)
+
+    def _instructions(self, sizes: Sequence[int]) -> list[Instruction]:
+        """This rank's actions for microbatches of `sizes` samples, ready to run."""
+        key = tuple(sizes)
+        if key not in self._prepared:
+            if len(self._prepared) == _MOST_PREPARED:
+                self._prepared.clear()
+            self._prepared[key] = self._preparation.prepare(self._actions(len(sizes)), sizes)
+        return self._prepared[key]
 
     def _actions(self, microbatches: int) -> list[Action]:
         """This stage's actions for a number of microbatches, found to end before they are first run."""
@@ -121,7 +137,7 @@ class Runtime:
                 else lower_forward(stages, microbatches, self._edges)
             )
             validate(lists, self._edges, microbatches, training=training)
-            self._lists[microbatches] = lists[self.executor.stage]
+            self._lists[microbatches] = lists[self._stage]
         return self._lists[microbatches]
 
     def counts(
@@ -148,6 +164,12 @@ class Runtime:
             inputs[placeholder] = self._model.get_buffer(name)
         inputs.update(self._constants)
         return inputs, frozenset(p for p, f in self.graph.batch_inputs.items() if f in batch.batched)
+
+
+def _consecutive(sizes: Sequence[int]) -> list[Microbatch]:
+    """Microbatches of `sizes` samples, one after the other."""
+    bounds = itertools.pairwise([0, *itertools.accumulate(sizes)])
+    return [Microbatch(index, start, stop) for index, (start, stop) in enumerate(bounds)]
 
 
 def describe_shapes(batch: GlobalBatch) -> tuple[Sequence[object], ...]:

@@ -25,6 +25,8 @@ from rannc_hf.engine.transport.turns import Turns
 
 T = TypeVar("T")
 
+_DONE = Done()
+
 
 class LocalWorld:
     """`size` ranks in this process. `transports[r]` is the transport of rank r; they live as long as the world.
@@ -79,6 +81,8 @@ class LocalTransport(Transport):
         self._world = world
         self._channels: dict[Channel, tuple[int, ...]] = {}
         self._groups: set[tuple[int, ...]] = {self.everyone}
+        self._checked: set[tuple[Channel, int]] = set()
+        """Routes that this rank is known to be allowed."""
         self._sent: list[mail.Message] = []
 
     def open(self, channels: Mapping[Channel, tuple[int, ...]], groups: Sequence[tuple[int, ...]]) -> None:
@@ -88,21 +92,24 @@ class LocalTransport(Transport):
 
     def send(self, channel: Channel, peer: int, tensor: torch.Tensor, what: str) -> None:
         self._check_route(channel, peer, what)
-        message = mail.Message(channel, self.rank, peer, tensor.detach(), what)
+        message = mail.Message((channel, self.rank, peer), tensor.detach() if tensor.requires_grad else tensor, what)
         self._world.mail.post_send(message)
-        self._sent = [m for m in [*self._sent, message] if not m.matched]
+        if not message.matched:
+            self._sent.append(message)
 
     def recv(self, channel: Channel, peer: int, buffer: torch.Tensor, what: str) -> Pending:
         self._check_route(channel, peer, what)
         assert buffer.is_contiguous(), what
-        message = mail.Message(channel, peer, self.rank, buffer.detach(), what)
+        assert not buffer.requires_grad, what
+        message = mail.Message((channel, peer, self.rank), buffer, what)
         self._world.mail.post_receive(message)
-        return _Wait(self, lambda: message.matched, message.__str__)
+        return _DONE if message.matched else _Wait(self, lambda: message.matched, message.__str__)
 
     def drain(self) -> None:
         sent, self._sent = self._sent, []
         for message in sent:
-            self._wait_for_receiver(message)
+            if not message.matched:
+                self._wait_for_receiver(message)
 
     def all_reduce(self, tensor: torch.Tensor, ranks: tuple[int, ...], what: str, op: str = "sum") -> Pending:
         assert op in REDUCTIONS, (op, what)
@@ -168,9 +175,12 @@ class LocalTransport(Transport):
         return call.result
 
     def _check_route(self, channel: Channel, peer: int, what: str) -> None:
+        if (channel, peer) in self._checked:
+            return
         users = self._channels.get(channel)
         assert users is not None, f"the channel {channel} was not opened: {what}"
         assert self.rank in users and peer in users and peer != self.rank, (channel, users, self.rank, peer, what)
+        self._checked.add((channel, peer))
 
 
 class _Wait:

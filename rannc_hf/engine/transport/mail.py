@@ -18,23 +18,23 @@ Finish = Callable[[Sequence[Any]], Any]
 """Carries out a collective on the values of its ranks, in rank order; returns what every rank gets."""
 
 
-@dataclass(eq=False)
+Route = tuple[Channel, int, int]
+"""A channel with the ranks of the sender and the receiver."""
+
+
+@dataclass(eq=False, slots=True)
 class Message:
     """A send or a receive, until it has met the other one."""
 
-    channel: Channel
-    source: int
-    destination: int
-    buffer: torch.Tensor
+    route: Route
+    buffer: torch.Tensor | None
+    """None once they have met."""
     what: str
     matched: bool = False
 
-    @property
-    def route(self) -> tuple[Channel, int, int]:
-        return self.channel, self.source, self.destination
-
     def __str__(self) -> str:
-        return f"{self.what} (channel {self.channel}, rank {self.source} to {self.destination})"
+        channel, source, destination = self.route
+        return f"{self.what} (channel {channel}, rank {source} to {destination})"
 
 
 @dataclass(eq=False)
@@ -57,8 +57,8 @@ class Mail:
     """Posted messages by route, and collectives by the ranks that take part, oldest first."""
 
     def __init__(self) -> None:
-        self._sends: defaultdict[tuple[Channel, int, int], deque[Message]] = defaultdict(deque)
-        self._receives: defaultdict[tuple[Channel, int, int], deque[Message]] = defaultdict(deque)
+        self._sends: defaultdict[Route, deque[Message]] = defaultdict(deque)
+        self._receives: defaultdict[Route, deque[Message]] = defaultdict(deque)
         self._collectives: defaultdict[tuple[int, ...], deque[Collective]] = defaultdict(deque)
 
     def clear(self) -> None:
@@ -80,16 +80,19 @@ class Mail:
 
     def post_send(self, message: Message) -> None:
         """Match with the oldest receive of the route, or keep a copy until there is one."""
-        if self._receives[message.route]:
-            _deliver(message, self._receives[message.route].popleft())
+        waiting = self._receives[message.route]
+        if waiting:
+            _deliver(message, waiting.popleft())
             return
+        assert message.buffer is not None
         message.buffer = message.buffer.clone()
         self._sends[message.route].append(message)
 
     def post_receive(self, message: Message) -> None:
         """Match with the oldest send of the route, or wait for one."""
-        if self._sends[message.route]:
-            _deliver(self._sends[message.route].popleft(), message)
+        waiting = self._sends[message.route]
+        if waiting:
+            _deliver(waiting.popleft(), message)
         else:
             self._receives[message.route].append(message)
 
@@ -161,11 +164,12 @@ def _overwrite(tensors: Sequence[torch.Tensor], value: torch.Tensor) -> None:
 
 
 def _deliver(send: Message, receive: Message) -> None:
-    if send.buffer.shape != receive.buffer.shape or send.buffer.dtype != receive.buffer.dtype:
-        raise TransportError(
-            f"sent as {_spec(send.buffer)}: {send}, but received as {_spec(receive.buffer)}: {receive.what}"
-        )
-    receive.buffer.copy_(send.buffer)
+    given, taken = send.buffer, receive.buffer
+    assert given is not None and taken is not None, send
+    if given.shape != taken.shape or given.dtype != taken.dtype:
+        raise TransportError(f"sent as {_spec(given)}: {send}, but received as {_spec(taken)}: {receive.what}")
+    taken.copy_(given)
+    send.buffer = receive.buffer = None
     send.matched = receive.matched = True
 
 

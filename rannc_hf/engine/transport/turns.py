@@ -102,15 +102,20 @@ class Turns(Generic[T]):
 
     def _pass_on(self, rank: int) -> None:
         """Give the turn to the next rank that can go on; after an error to any that has not ended, so that it does."""
-        order = [r % self._size for r in range(rank + 1, rank + 1 + self._size)]
-        live = [r for r in order if r not in self._finished]
-        if not live:
+        live = following = None
+        for other in (*range(rank + 1, self._size), *range(rank + 1)):
+            if other in self._finished:
+                continue
+            live = other if live is None else live
+            if self._can_go_on(other):
+                following = other
+                break
+        if live is None:
             self._all_done.set()
             return
-        following = next((r for r in live if self._can_go_on(r)), None)
         if following is None:
             self._error = self._deadlock()
-            following = live[0]
+            following = live
         self._holder = following
         self._turns_taken += 1
         self._baton[following].release()
