@@ -144,7 +144,8 @@ def train(options: argparse.Namespace, transport: Transport) -> Clocks:
             # The first step makes the runtime.
             runtime = next(iter(wrapped._runtimes.values()))
             clocks.watch(runtime.executor)
-            clocks.watch_blocks(runtime._variants.whole(frozenset()))
+            for variants in runtime._variants.values():
+                clocks.watch_blocks(variants.whole(frozenset()))
         if options.profile and number == options.warmup and transport.rank == 1:
             profile.enable()
         wrapped(x=x[own], labels=labels[own])["loss"].backward()

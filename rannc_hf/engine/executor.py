@@ -58,6 +58,8 @@ class Step:
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     """This replica's share of the loss of each microbatch (on the stage that computes it)."""
     arrivals: dict[Slot, list[_Arrival]] = field(default_factory=dict)
+    handed: dict[Slot, list[tuple[str, torch.Tensor]]] = field(default_factory=dict)
+    """Values from other stages of this rank, by the compute that needs them."""
     outputs: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Of each microbatch, values of this rank's stages that have not been sent to all who need them."""
     input_gradients: dict[Slot, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class Executor:
         self.program, self.plan, self.store = program, plan, store
         self.transport, self.device = transport, device
         self._loss, self._loss_stage = program.graph.loss, program.loss_stage
+        self._parameters = [frozenset(p for block in part.blocks for p in block.parameters) for part in program.stages]
 
     def run(self, instructions: Sequence[Instruction], step: Step) -> None:
         """Run this rank's `instructions` for `step`. Raises `TransportError` when another rank does not answer."""
@@ -106,8 +109,8 @@ class Executor:
             first = instruction.first + (start if stop > start else 0)
             batch = part_of(step.batch, step.batched, first, first + samples)
             batch.update(step.counts[index])
-        inputs = {arrival.value: arrival.tensor for arrival in _arrived(step, instruction.slot)}
-        outputs = compute.forward(index, samples, inputs, batch, (step.number, index, start), step.train)
+        inputs = _arrived(step, instruction.slot)
+        outputs = compute.forward(index, samples, dict(inputs), batch, (step.number, index, start), step.train)
         if stage == self._loss_stage and stop > start:
             assert self._loss is not None
             step.losses[index] = outputs[self._loss]
@@ -116,11 +119,11 @@ class Executor:
     def _backward(self, instruction: Instruction, step: Step) -> None:
         _, stage, index = instruction.slot
         if instruction.last:
-            self.store.begin_last_backward()
+            self.store.begin_last_backward(self._parameters[stage])
         gradients: dict[str, torch.Tensor] = {}
-        for arrival in _arrived(step, instruction.slot):
-            sum_ = gradients.get(arrival.value)
-            gradients[arrival.value] = arrival.tensor if sum_ is None else sum_ + arrival.tensor
+        for name, part in _arrived(step, instruction.slot):
+            sum_ = gradients.get(name)
+            gradients[name] = part if sum_ is None else sum_ + part
         if stage == self._loss_stage:
             assert self._loss is not None
             gradients[self._loss] = torch.ones_like(step.losses[index])
@@ -139,13 +142,13 @@ class Executor:
 
     def _send_activations(self, instruction: Instruction, step: Step) -> None:
         values = step.outputs[instruction.slot[2]]
-        self._send(instruction, values)
+        self._send(instruction, values, step)
         for name in instruction.frees:
             del values[name]
 
     def _send_gradients(self, instruction: Instruction, step: Step) -> None:
         gradients = step.input_gradients[instruction.slot]
-        self._send(instruction, gradients)
+        self._send(instruction, gradients, step)
         for name in instruction.frees:
             del gradients[name]
 
@@ -171,23 +174,28 @@ class Executor:
             pending.append(self.transport.recv(message.channel, message.peer, into, message.what))
         return _Arrival(value, whole, pending, copies)
 
-    def _send(self, instruction: Instruction, values: Mapping[str, torch.Tensor]) -> None:
+    def _send(self, instruction: Instruction, values: Mapping[str, torch.Tensor], step: Step) -> None:
         for value, channel, peer, dim, start, length, what in instruction.messages:
             part = values[value]
             if dim is not None:
                 part = part.narrow(dim, start, length)
             self.transport.send(channel, peer, part.contiguous(), what)
+        if instruction.handed:
+            backward, _, microbatch = instruction.slot
+            taken = step.handed.setdefault((backward, instruction.peer, microbatch), [])
+            taken += [(name, values[name]) for name in instruction.handed]
 
 
-def _arrived(step: Step, slot: Slot) -> Sequence[_Arrival]:
-    """What a compute has received, once it is there."""
-    arrivals = step.arrivals.pop(slot, ())
-    for arrival in arrivals:
-        for pending in arrival.pending:
-            pending.wait()
-        for target, part in arrival.copies:
+def _arrived(step: Step, slot: Slot) -> list[tuple[str, torch.Tensor]]:
+    """What a compute gets from other stages, once it is there; of gradients there may be several of one value."""
+    found = step.handed.pop(slot, [])
+    for value, tensor, pending, copies in step.arrivals.pop(slot, ()):
+        for each in pending:
+            each.wait()
+        for target, part in copies:
             target.copy_(part)
-    return arrivals
+        found.append((value, tensor))
+    return found
 
 
 def part_of(
@@ -201,6 +209,8 @@ def channels(program: Program, plan: Plan) -> dict[Channel, tuple[int, ...]]:
     """Every channel the program's edges use, with its ranks; equal on every rank."""
     result: dict[Channel, tuple[int, ...]] = {}
     for edge in program.edges:
+        if plan.stages[edge.producer].ranks == plan.stages[edge.consumer].ranks:
+            continue
         ranks = tuple(sorted(plan.stages[edge.producer].ranks + plan.stages[edge.consumer].ranks))
         result[Channel(edge.producer, edge.consumer, FORWARD)] = ranks
         if edge.gradients:

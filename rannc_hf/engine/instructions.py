@@ -59,10 +59,13 @@ class Instruction(NamedTuple):
     """First sample of the microbatch in the global batch."""
     buffers: tuple[Buffer, ...] = ()
     messages: tuple[Message, ...] = ()
+    handed: tuple[str, ...] = ()
+    """Values to hand to stage `peer`, which this rank runs too."""
+    peer: int = -1
     frees: tuple[str, ...] = ()
     """Values that this rank has then sent to all who need them."""
     last: bool = False
-    """Whether it is the last backward of the step."""
+    """Whether it is the last backward of its stage in the step."""
 
 
 def held_stages(plan: Plan, rank: int) -> dict[int, int]:
@@ -88,14 +91,14 @@ class Preparation:
     def prepare(self, actions: Sequence[Action], sizes: Sequence[int]) -> list[Instruction]:
         """`actions` of this rank for microbatches of `sizes` samples."""
         starts = [0, *itertools.accumulate(sizes)]
-        last = max((i for i, action in enumerate(actions) if action.kind is ActionKind.BACKWARD), default=-1)
+        last = {action.stage: i for i, action in enumerate(actions) if action.kind is ActionKind.BACKWARD}
         result = []
         for position, action in enumerate(actions):
             if action.kind is ActionKind.REDUCE_GRAD:
                 result.append(Instruction(action.kind, (True, action.stage, -1), 0, 0, 0))
                 continue
             made = self._instruction(action, starts[action.microbatch], sizes[action.microbatch])
-            result.append(made._replace(last=position == last))
+            result.append(made._replace(last=position == last.get(action.stage)))
         return result
 
     def spans(self, stage: int, sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -113,12 +116,17 @@ class Preparation:
         edge = self._edges[min(stage, action.peer), max(stage, action.peer)]
         names = edge.gradients if backward else edge.values
         messages = {name: self._messages(action, edge, name, samples, start, stop) for name in names}
+        # Between two stages of this rank nothing travels. Both cut microbatches alike.
+        handed = [name for name in names if any(m.peer == self.rank for m in messages[name])]
+        for name in handed:
+            ((_, _, _, dim, *_),) = messages.pop(name)
+            assert dim is None, (action, name)
         if kind.is_receive:
-            buffers = [b for name in names for b in self._buffers(name, messages[name], max(stop - start, 1))]
-            return bare._replace(buffers=tuple(buffers))
+            rest = [(name, own, max(stop - start, 1)) for name, own in messages.items()]
+            return bare._replace(buffers=tuple(buffer for each in rest for buffer in self._buffers(*each)))
         done = names if backward else [v for v in names if self._last[v] == action.peer and v not in self._wanted]
         sent = itertools.chain.from_iterable(messages.values())
-        return bare._replace(messages=tuple(sent), frees=tuple(done))
+        return bare._replace(messages=tuple(sent), handed=tuple(handed), peer=action.peer, frees=tuple(done))
 
     def _messages(
         self, action: Action, edge: Edge, name: str, samples: int, start: int, stop: int

@@ -81,9 +81,9 @@ class ParameterStore:
         for bucket in self.buckets:
             bucket.begin()
 
-    def begin_last_backward(self) -> None:
-        """Before the backward of the last microbatch: buckets may be reduced as they complete."""
-        self._reducer.begin_last_backward()
+    def begin_last_backward(self, parameters: frozenset[str]) -> None:
+        """Before the last backward of a stage, which holds `parameters`: buckets may be reduced as they complete."""
+        self._reducer.begin_last_backward(parameters)
 
     def finish_reduce(self) -> None:
         """Reduce what has not been reduced yet, and wait for all reductions."""

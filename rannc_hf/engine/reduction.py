@@ -30,7 +30,8 @@ class GradientReducer:
         self._ordered = [b for b in reversed(trained) if not b.spec.streamed and not b.spec.tied]
         self._tied = [b for b in trained if b.spec.tied]
         self._started = 0
-        self._last = False
+        self._last: set[Bucket] = set()
+        """Those whose stage is in its last backward, or past it."""
         self._complete: set[Bucket] = set()
         self._pending: list[Pending] = []
         self._streams: list[tuple[Bucket, torch.Tensor, Pending]] = []
@@ -39,12 +40,13 @@ class GradientReducer:
         """Before the first microbatch."""
         self._pending.clear()
         self._streams.clear()
-        self._last = False
-
-    def begin_last_backward(self) -> None:
-        """Before the backward of the last microbatch: buckets may be reduced as they complete."""
-        self._last, self._started = True, 0
+        self._last.clear()
         self._complete.clear()
+        self._started = 0
+
+    def begin_last_backward(self, parameters: frozenset[str]) -> None:
+        """Before the last backward of a stage, which holds `parameters`: buckets may be reduced as they complete."""
+        self._last.update(b for b in self._ordered if not parameters.isdisjoint(b.compute))
 
     def stream(self, buckets: Sequence[Bucket]) -> None:
         """Send what one backward of a block has added to streamed `buckets` to their owners.
@@ -61,9 +63,7 @@ class GradientReducer:
 
     def complete(self, buckets: Sequence[Bucket]) -> None:
         """A backward has passed the last block that uses `buckets`; in the last backward that completes them."""
-        if not self._last:
-            return
-        self._complete.update(buckets)
+        self._complete.update(b for b in buckets if b in self._last)
         while self._started < len(self._ordered) and self._ordered[self._started] in self._complete:
             self._start(self._ordered[self._started])
             self._started += 1

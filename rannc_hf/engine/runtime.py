@@ -54,21 +54,20 @@ class Runtime:
         self._constants = {name: value.to(device) for name, value in self.graph.constants.items()}
         self.executor = Executor(program, plan, store, transport, device)
         self._preparation = Preparation(program, plan, transport.rank)
-        (stage,) = self._preparation.held
-        self._stage = stage
-        recompute = plan.stages[stage].recompute == "blocks"
-
+        self.stages = tuple(self._preparation.held)
+        """The stages that this rank runs."""
         self._compilation = Compilation(strict=config.compile is True, active=planned)
         if wants_compiled(config, device):
-            self._compilation.samples = nominal_slices(plan, stage)
+            self._compilation.samples = frozenset[int]().union(*(nominal_slices(plan, s) for s in self.stages))
         self.functions = Functions(self.graph, device, self._compilation)
 
         def replica(part: StageProgram, graph: Graph) -> StageReplica:
             functions = Functions(graph, device, self._compilation, like=self.functions)
+            recompute = plan.stages[part.index].recompute == "blocks"
             return StageReplica(part, functions, store.compute, recompute, config.seed)
 
         unmasked = transport.once(lambda: unmask(self.graph), "the graph without masks")
-        self._variants = Variants(program.stages[stage], self.graph, unmasked, replica)
+        self._variants = {s: Variants(program.stages[s], self.graph, unmasked, replica) for s in self.stages}
         self._edges = {(e.producer, e.consumer): bool(e.gradients) for e in program.edges}
         self._lists: dict[int, list[Action]] = {}
         self._prepared: dict[tuple[int, ...], list[Instruction]] = {}
@@ -84,8 +83,11 @@ class Runtime:
         microbatches = _consecutive(sizes)
         inputs, batched = self._inputs(batch)
         counts = self.counts(inputs, batched, 0, batch.samples)
-        spans = self._preparation.spans(self._stage, sizes)
-        compute = {self._stage: self._variants.for_training(batch.unpadded, spans, partial(part_of, inputs, batched))}
+        part = partial(part_of, inputs, batched)
+        compute = {
+            stage: variants.for_training(batch.unpadded, self._preparation.spans(stage, sizes), part)
+            for stage, variants in self._variants.items()
+        }
         step = Step(compute, microbatches, inputs, batched, [counts] * len(microbatches), number, train=True)
         self.store.begin_step()
         self.executor.run(self._instructions(sizes), step)
@@ -112,7 +114,7 @@ class Runtime:
                 owners.append(rank)
             shard_counts = self.counts(inputs, batched, first, first + samples) if samples else {}
             counts += [shard_counts] * (len(sizes) - len(counts))
-        compute = {self._stage: [self._variants.whole(batch.unpadded)] * len(sizes)}
+        compute = {stage: [variants.whole(batch.unpadded)] * len(sizes) for stage, variants in self._variants.items()}
         step = Step(compute, _consecutive(sizes), inputs, batched, counts, number, train=False)
         with torch.no_grad():
             self.executor.run(self._instructions(sizes), step)
@@ -128,16 +130,16 @@ class Runtime:
         return self._prepared[key]
 
     def _actions(self, microbatches: int) -> list[Action]:
-        """This stage's actions for a number of microbatches, found to end before they are first run."""
+        """This rank's actions for a number of microbatches, found to end before they are first run."""
         if microbatches not in self._lists:
-            stages, training = len(self.plan.stages), self.graph.training
+            stages, groups, training = len(self.plan.stages), self.plan.groups, self.graph.training
             lists = (
-                lower(self.plan.schedule, stages, microbatches, self._edges)
+                lower(self.plan.schedule, stages, microbatches, self._edges, len(groups))
                 if training
-                else lower_forward(stages, microbatches, self._edges)
+                else lower_forward(stages, microbatches, self._edges, len(groups))
             )
-            validate(lists, self._edges, microbatches, training=training)
-            self._lists[microbatches] = lists[self._stage]
+            validate(lists, self._edges, microbatches, training, groups)
+            self._lists[microbatches] = lists[groups.index(self.stages)]
         return self._lists[microbatches]
 
     def counts(

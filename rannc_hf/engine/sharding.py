@@ -67,7 +67,7 @@ def bucket_specs(graph: Graph, plan: Plan) -> list[BucketSpec]:
             BucketSpec(
                 name=f"{place} ({', '.join(words)})",
                 parameters=tuple(names),
-                ranks=tuple(sorted(r for s in stages for r in plan.stages[s].ranks)),
+                ranks=tuple(sorted({r for s in stages for r in plan.stages[s].ranks})),
                 owner=owner,
                 shard="none" if owner is None else plan.stages[stages[0]].shard,
                 trainable=trainable,

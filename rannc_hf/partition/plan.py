@@ -16,7 +16,7 @@ from typing import Any, Literal
 from rannc_hf.capture.disk import replace_file
 from rannc_hf.capture.graph import Graph
 from rannc_hf.partition.fields import PlanFieldError, read_dataclass
-from rannc_hf.partition.schedules import SCHEDULES
+from rannc_hf.partition.schedules import INTERLEAVED, SCHEDULES
 from rannc_hf.partition.shards import SHARDS
 
 RECOMPUTE = ("none", "blocks")
@@ -26,7 +26,10 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """Blocks `first_block` to `last_block` (inclusive) on `ranks`, one replica a rank."""
+    """Blocks `first_block` to `last_block` (inclusive) on `ranks`, one replica a rank.
+
+    Under the schedule "interleaved" several stages have the same ranks (see `Plan.groups`).
+    """
 
     first_block: int
     last_block: int
@@ -40,7 +43,7 @@ class StagePlan:
     predicted_backward_us: float = 0.0
     """Backward of one microbatch, with the recomputation where there is any, in microseconds."""
     predicted_memory_bytes: int = 0
-    """Peak memory of each rank of the stage."""
+    """Peak memory of each rank of the stage, with all stages that it runs."""
 
     @property
     def replicas(self) -> int:
@@ -74,7 +77,7 @@ class Plan:
     batch_size: int
     """Samples of the global batch the plan was made for."""
     microbatches: int
-    schedule: Literal["gpipe", "1f1b"] | str
+    schedule: Literal["gpipe", "1f1b", "interleaved"] | str
     graph_hash: str
     step_time_us: float = 0.0
     """Predicted time of one optimizer step, in microseconds."""
@@ -84,7 +87,18 @@ class Plan:
 
     @property
     def world_size(self) -> int:
-        return sum(s.replicas for s in self.stages)
+        return len({rank for s in self.stages for rank in s.ranks})
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The stages of each group of ranks that run the same ones, in the order of their first.
+
+        One each, but for "interleaved": there, stage k runs on the ranks of stage k modulo the number of groups.
+        """
+        found: dict[tuple[int, ...], list[int]] = {}
+        for index, stage in enumerate(self.stages):
+            found.setdefault(stage.ranks, []).append(index)
+        return tuple(map(tuple, found.values()))
 
     def to_json(self) -> str:
         """JSON text, one line per stage and runner-up, that `from_json` reads back to an equal plan."""
@@ -179,7 +193,8 @@ class Plan:
 
     def _check_ranks(self, world_size: int) -> None:
         owner: dict[int, int] = {}
-        for index, stage in enumerate(self.stages):
+        groups = self._check_groups() if self.schedule == INTERLEAVED else len(self.stages)
+        for index, stage in enumerate(self.stages[:groups]):
             name = f"stages[{index}].ranks"
             if not stage.ranks:
                 raise PlanFieldError(name, "is empty; a stage has at least one rank")
@@ -197,6 +212,32 @@ class Plan:
                 "stages[*].ranks",
                 f"use {len(owner)} ranks, but there are {world_size} processes: no stage has {short_ranks(missing)}",
             )
+
+    def _check_groups(self) -> int:
+        """The number of groups of an interleaved plan, of which stage after stage takes the next."""
+        first = self.stages[0].ranks
+        groups = next((k for k, s in enumerate(self.stages) if k > 0 and s.ranks == first), len(self.stages))
+        if groups < 2 or len(self.stages) == groups:
+            raise PlanFieldError(
+                "stages[*].ranks",
+                f"give {'each stage ranks of its own' if groups > 1 else 'neighbours the same ranks'}, but under the "
+                'schedule "interleaved" the ranks of the first stages repeat in equal order (0, 1, 0, 1)',
+            )
+        for index, stage in enumerate(self.stages):
+            if stage.ranks != self.stages[index % groups].ranks:
+                raise PlanFieldError(
+                    f"stages[{index}].ranks",
+                    f'are {list(stage.ranks)}, but under the schedule "interleaved" the ranks repeat after '
+                    f"{groups} stages: they must be those of stages[{index % groups}], "
+                    f"{list(self.stages[index % groups].ranks)}",
+                )
+        if len(self.stages) % groups:
+            raise PlanFieldError(
+                "stages",
+                f'are {len(self.stages)}, but under the schedule "interleaved" they are a multiple of the {groups} '
+                "groups of ranks that take turns",
+            )
+        return groups
 
     def _check_microbatches(self) -> None:
         if not 1 <= self.microbatches <= self.batch_size:

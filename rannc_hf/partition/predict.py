@@ -38,7 +38,7 @@ def predict(plan: Plan, graph: Graph, costs: CostTable, cluster: Cluster) -> Pla
             predicted_backward_us=t.backward,
             predicted_memory_bytes=peak,
         )
-        for stage, t, peak in zip(plan.stages, times, peaks(model, plan.schedule, stages, choices))
+        for stage, t, peak in zip(plan.stages, times, peaks(model, plan.schedule, stages, choices, len(plan.groups)))
     )
     return replace(plan, stages=predicted, step_time_us=simulation.step_us)
 

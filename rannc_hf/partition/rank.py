@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from rannc_hf.partition.ends import Ends, ends_of, work_of
 from rannc_hf.partition.memory import owned_load
 from rannc_hf.partition.placement import stage_ranks
 from rannc_hf.partition.problem import Choice, Stage
-from rannc_hf.partition.schedules import in_flight
+from rannc_hf.partition.schedules import compute_order
 from rannc_hf.partition.segments import Crossing, Segments
 from rannc_hf.partition.simulate import Edge, Simulation, StageTimes, TiedReduce, simulate
 from rannc_hf.partition.stages import StageModel
@@ -58,16 +59,25 @@ def simulate_on(
         times.append(StageTimes(forward, backward, float(ends.head), float(ends.exposed), float(ends.optimizer)))
     edges = edges_of(seg.crossings, cluster, stages, ranks, model.samples)
     tied = tied_of(seg, cluster, stages, ranks)
-    return tuple(times), simulate(times, edges, schedule, model.microbatches, tied)
+    return tuple(times), simulate(times, edges, schedule, model.microbatches, tied, groups=len(set(ranks)))
 
 
-def peaks(model: StageModel, schedule: str, stages: Sequence[Stage], choices: Sequence[Choice]) -> list[int]:
-    """Peak bytes on a rank of each stage."""
+def peaks(
+    model: StageModel, schedule: str, stages: Sequence[Stage], choices: Sequence[Choice], groups: int | None = None
+) -> list[int]:
+    """Peak bytes on a rank of each stage; `groups` of the ranks run the stages, by default one each."""
     count = len(stages)
-    return [
-        model.memory(stage, choice, in_flight(schedule, index, count, model.microbatches))
-        for index, (stage, choice) in enumerate(zip(stages, choices))
-    ]
+    groups = groups or count
+    parts = [model.memory_parts(stage, choice) for stage, choice in zip(stages, choices)]
+    found = []
+    for group in range(groups):
+        held, most = dict.fromkeys(range(group, count, groups), 0), 0.0
+        for backward, s, _ in compute_order(schedule, group, count, model.microbatches, groups):
+            held[s] += not backward
+            most = max(most, sum(n * parts[own].kept for own, n in held.items()) + parts[s].extra)
+            held[s] -= backward
+        found.append(math.ceil(sum(parts[s].state for s in held) + most))
+    return [found[s % groups] for s in range(count)]
 
 
 def stage_ends(
@@ -101,7 +111,7 @@ def tied_of(seg: Segments, cluster: Cluster, stages: Sequence[Stage], ranks: Seq
             sizes.setdefault(holders, []).append(parameter.gradient_bytes)
     found = []
     for holders, each in sizes.items():
-        group = group_of(cluster, sorted(itertools.chain.from_iterable(ranks[s] for s in holders)))
+        group = group_of(cluster, sorted(set(itertools.chain.from_iterable(ranks[s] for s in holders))))
         found.append(TiedReduce(holders, sum(all_reduce_us(cluster, group, size) for size in each)))
     return found
 
@@ -120,7 +130,9 @@ def edges_of(
             amount[1] += (value.constant + value.per_sample * samples) * value.needs_grad
     edges = []
     for (source, destination), (forward, backward) in sorted(sizes.items()):
-        shares = _shares(cluster, ranks[source], ranks[destination])
+        # What a rank hands to another stage of its own takes no time.
+        near = ranks[source] == ranks[destination]
+        shares = [] if near else _shares(cluster, ranks[source], ranks[destination])
         times = [
             max((link.time_us(size * share) for link, share in shares), default=0.0) if size else None
             for size in (forward, backward)

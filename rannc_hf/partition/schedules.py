@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 FORWARD, BACKWARD = False, True
+
+
+class Compute(NamedTuple):
+    """One forward or backward."""
+
+    backward: bool
+    stage: int
+    microbatch: int
+
 
 Order = list[tuple[bool, int]]
 """(is backward, microbatch) of each compute of a stage."""
@@ -35,25 +45,57 @@ def _one_f_one_b(stage: int, stages: int, microbatches: int) -> Order:
     return order
 
 
-SCHEDULES: dict[str, Callable[[int, int, int], Order]] = {"gpipe": _gpipe, "1f1b": _one_f_one_b}
-"""Name to (stage, stages, microbatches) to the stage's computes."""
+def _interleaved(group: int, groups: int, chunks: int, microbatches: int) -> list[Compute]:
+    """Each group of ranks runs several stages, as far from each other as there are groups (Narayanan et al.,
+    "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", SC 2021).
+
+    Microbatches go through in rounds of as many as there are groups: through all stages of the first lap over the
+    groups, then the next lap. A last round that is not full runs as if it were, without what is not there: leaving
+    microbatches out of an order that ends leaves one that ends.
+    """
+    rounds = range(0, microbatches, groups)
+    laps = [(lap, m) for first in rounds for lap in range(chunks) for m in range(first, first + groups)]
+    forwards = [Compute(FORWARD, lap * groups + group, m) for lap, m in laps]
+    backwards = [Compute(BACKWARD, (chunks - 1 - lap) * groups + group, m) for lap, m in laps]
+    ahead = min(len(laps), 2 * (groups - group - 1) + (chunks - 1) * groups)
+    order = forwards[:ahead]
+    for position, backward in enumerate(backwards):
+        order += [*forwards[position + ahead : position + ahead + 1], backward]
+    return [compute for compute in order if compute.microbatch < microbatches]
 
 
-def compute_order(schedule: str, stage: int, stages: int, microbatches: int) -> Order:
-    """The computes of `stage` in order. Raises ValueError for a schedule that does not exist."""
+INTERLEAVED = "interleaved"
+_SINGLE: dict[str, Callable[[int, int, int], Order]] = {"gpipe": _gpipe, "1f1b": _one_f_one_b}
+"""Name to (stage, stages, microbatches) to the computes of schedules in which each rank runs one stage."""
+SCHEDULES = (*_SINGLE, INTERLEAVED)
+
+
+def compute_order(
+    schedule: str, group: int, stages: int, microbatches: int, groups: int | None = None
+) -> list[Compute]:
+    """The computes of a group of ranks in order; `groups` of them run `stages` stages, by default one each.
+
+    Group g runs the stages g, g + groups, g + 2 groups and so on. Raises ValueError for a schedule that does not exist.
+    """
     if schedule not in SCHEDULES:
         raise ValueError(f"there is no schedule {schedule!r}; known are {', '.join(sorted(SCHEDULES))}")
-    return SCHEDULES[schedule](stage, stages, microbatches)
+    groups = groups or stages
+    if schedule == INTERLEAVED:
+        assert stages % groups == 0, (stages, groups)
+        return _interleaved(group, groups, stages // groups, microbatches)
+    assert groups == stages, (schedule, stages, groups)
+    return [Compute(backward, group, m) for backward, m in _SINGLE[schedule](group, stages, microbatches)]
 
 
 @functools.lru_cache(maxsize=65536)
-def in_flight(schedule: str, stage: int, stages: int, microbatches: int) -> int:
+def in_flight(schedule: str, stage: int, stages: int, microbatches: int, groups: int | None = None) -> int:
     """The most microbatches whose activations `stage` holds at one time, from their forward to their backward.
 
     Counted on the order itself, so it holds for any schedule. Raises ValueError for one that does not exist.
     """
     held = most = 0
-    for backward, _ in compute_order(schedule, stage, stages, microbatches):
-        held += -1 if backward else 1
-        most = max(most, held)
+    for backward, own, _ in compute_order(schedule, stage % (groups or stages), stages, microbatches, groups):
+        if own == stage:
+            held += -1 if backward else 1
+            most = max(most, held)
     return most

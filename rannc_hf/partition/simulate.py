@@ -1,9 +1,9 @@
 """Run a candidate on paper: every forward, backward and transfer of a step, event by event.
 
-Each stage does its computes one after the other in the order of the schedule. A compute starts when the one before it
-is done and what it needs has arrived. Transfers overlap with computes; those of one edge and direction follow each
-other. When its last backward is done, a stage reduces what is left of its gradients, then those of weights tied to
-other stages when all of them are there, and steps its optimizer.
+Each group of ranks, mostly a stage, does its computes one after the other in the order of the schedule. A compute
+starts when the one before it is done and what it needs has arrived. Transfers overlap with computes; those of one edge
+and direction follow each other. When its last backward is done, a stage reduces what is left of its gradients, then
+those of weights tied to other stages when all of them are there, and steps its optimizer.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ class Simulation:
 
     step_us: float
     computed_us: tuple[float, ...]
-    """Microseconds each stage computes."""
+    """Microseconds each group of ranks computes; mostly a group is a stage."""
     tail_us: float
     """What the step lasts after the last backward of all."""
 
     @property
     def bubble(self) -> float:
-        """Share of the step in which the busiest stage waits, before its tail."""
+        """Share of the step in which the busiest group of ranks waits, before its tail."""
         span = self.step_us - self.tail_us
         return max(0.0, 1 - max(self.computed_us) / span) if span else 0.0
 
@@ -85,15 +85,20 @@ def simulate(
     microbatches: int,
     tied: Sequence[TiedReduce] = (),
     events: list[Event] | None = None,
+    groups: int | None = None,
 ) -> Simulation:
-    """Time of one step of `stages` joined by `edges`; what happens is appended to `events`."""
-    run = _Run(stages, edges, schedule, microbatches, events)
+    """Time of one step of `stages` joined by `edges`; what happens is appended to `events`.
+
+    Stage s runs on group s modulo `groups` of the ranks; by default each has its own.
+    """
+    groups = groups or len(stages)
+    run = _Run(stages, edges, schedule, microbatches, events, groups)
     while run.advance():
         pass
     assert all(not rest for rest in run.orders), "the schedule waits in a circle"
     last = max(run.free)
     finish = run.finish(tied)
-    computed = tuple(microbatches * (s.forward + s.backward) for s in stages)
+    computed = tuple(microbatches * sum(s.forward + s.backward for s in stages[g::groups]) for g in range(groups))
     return Simulation(finish, computed, finish - last)
 
 
@@ -105,11 +110,14 @@ class _Run:
         schedule: str,
         microbatches: int,
         events: list[Event] | None,
+        groups: int,
     ) -> None:
         count = len(stages)
-        self.stages, self.events = stages, events
-        self.orders = [compute_order(schedule, s, count, microbatches)[::-1] for s in range(count)]
-        self.free = [s.head for s in stages]
+        self.stages, self.events, self.groups = stages, events, groups
+        self.orders = [compute_order(schedule, g, count, microbatches, groups)[::-1] for g in range(groups)]
+        self.free = [sum(s.head for s in stages[g::groups]) for g in range(groups)]
+        self.ended = [0.0] * count
+        """When each stage's last compute so far was done."""
         self.waits: list[tuple[list[int], list[int]]] = [([], []) for _ in range(count)]
         self.sends: list[tuple[list[tuple[int, float]], list[tuple[int, float]]]] = [([], []) for _ in range(count)]
         for e in edges:
@@ -123,23 +131,24 @@ class _Run:
         self.link_free: dict[tuple[int, int], float] = {}
 
     def advance(self) -> bool:
-        """Run every compute that can run, stage by stage; whether there was one."""
+        """Run every compute that can run, group by group; whether there was one."""
         moved = False
-        for s in range(len(self.stages)):
-            while self.orders[s] and self._compute(s, *self.orders[s][-1]):
-                self.orders[s].pop()
+        for order in self.orders:
+            while order and self._compute(*order[-1]):
+                order.pop()
                 moved = True
         return moved
 
-    def _compute(self, s: int, backward: bool, microbatch: int) -> bool:
-        start = self.free[s]
+    def _compute(self, backward: bool, s: int, microbatch: int) -> bool:
+        group = s % self.groups
+        start = self.free[group]
         for peer in self.waits[s][backward]:
             arrival = self.arrived.get((peer, s, backward, microbatch))
             if arrival is None:
                 return False
             start = max(start, arrival)
         end = start + (self.stages[s].backward if backward else self.stages[s].forward)
-        self.free[s] = end
+        self.free[group] = self.ended[s] = end
         if self.events is not None:
             self.events.append(Event("backward" if backward else "forward", s, microbatch, start, end))
         for peer, duration in self.sends[s][backward]:
@@ -153,18 +162,25 @@ class _Run:
 
     def finish(self, tied: Sequence[TiedReduce]) -> float:
         """Reduce gradients and step the optimizers; when all are done."""
-        done = [free + s.exposed for free, s in zip(self.free, self.stages)]
+        done = [0.0] * self.groups
+        # Gradients of a stage that is done before others of its group are reduced while those compute.
+        for s in sorted(range(len(self.stages)), key=lambda s: self.ended[s]):
+            group = s % self.groups
+            done[group] = max(done[group], self.ended[s]) + self.stages[s].exposed
         for reduction in tied:
-            start = max(done[s] for s in reduction.stages)
+            holders = {s % self.groups for s in reduction.stages}
+            start = max(done[g] for g in holders)
             for s in reduction.stages:
-                done[s] = start + reduction.duration
-                self._note("reduce_grad", s, start, done[s])
-        ends = [at + s.optimizer for at, s in zip(done, self.stages)]
-        for s, (start, end) in enumerate(zip(done, ends)):
-            if self.stages[s].head:
-                self._note("send_params", s, 0.0, self.stages[s].head)
-            self._note("optimizer", s, start, end)
-        return max(ends)
+                self._note("reduce_grad", s, start, start + reduction.duration)
+            for g in holders:
+                done[g] = start + reduction.duration
+        for s, stage in enumerate(self.stages):
+            group = s % self.groups
+            if stage.head:
+                self._note("send_params", s, 0.0, stage.head)
+            self._note("optimizer", s, done[group], done[group] + stage.optimizer)
+            done[group] += stage.optimizer
+        return max(done)
 
     def _note(self, kind: str, stage: int, start: float, end: float) -> None:
         if self.events is not None:

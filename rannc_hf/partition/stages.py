@@ -53,6 +53,16 @@ class Base:
     """Microbatches in flight for which memory suffices; negative where the choice is not allowed."""
 
 
+class MemoryParts(NamedTuple):
+    """Bytes that a stage takes of a rank."""
+
+    state: float
+    kept: float
+    """For each microbatch in flight."""
+    extra: float
+    """While it computes."""
+
+
 class Options(NamedTuple):
     """Options of stages over each other: [option, r, j - i]. What does not fit adds an infinite amount.
 
@@ -343,14 +353,14 @@ class StageModel:
         shards = [c.shard for c in self.problem.choices if self.problem.allows(c.shard, replicas)]
         return min(float(held.shared_bytes[s][block, block] + held.owned_each[s] * owned) for s in shards)
 
-    def memory(self, stage: Stage, choice: Choice, in_flight: int) -> int:
-        """Peak bytes on the rank of a stage that owns the most."""
+    def memory_parts(self, stage: Stage, choice: Choice) -> MemoryParts:
+        """What the rank of a stage that owns the most holds."""
         seg, at = self.problem.segments, (stage.first, stage.last)
         where = self.replicas.index(stage.replicas), stage.last - stage.first
         base = self.base(stage.first)
         state = seg.state_bytes(self.problem.graph, choice.shard, at, stage.replicas)
-        activations = in_flight * base.kept[choice.recompute][where] + base.extra[choice.recompute][where]
-        return int(np.ceil(state + activations))
+        kept, extra = base.kept[choice.recompute][where], base.extra[choice.recompute][where]
+        return MemoryParts(float(state), float(kept), float(extra))
 
     @property
     def step_bound(self) -> float:

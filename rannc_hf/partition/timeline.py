@@ -32,11 +32,12 @@ def timeline(plan: Plan, graph: Graph | None = None, cluster: Cluster | None = N
     computes alone: messages and the end of the step take no time, and each stage waits for its neighbours only.
     """
     events: list[Event] = []
+    groups = len(plan.groups)
     computes = [(s.predicted_forward_us, s.predicted_backward_us) for s in plan.stages]
     if graph is None or cluster is None:
         edges = [Edge(s, s + 1, 0.0, 0.0) for s in range(len(plan.stages) - 1)]
         times = [StageTimes(*pair) for pair in computes]
-        simulation = simulate(times, edges, plan.schedule, plan.microbatches, events=events)
+        simulation = simulate(times, edges, plan.schedule, plan.microbatches, events=events, groups=groups)
         kept = tuple(e for e in events if e.kind in ("forward", "backward"))
         return Timeline(kept, simulation, complete=False)
     seg = segments(graph)
@@ -50,7 +51,7 @@ def timeline(plan: Plan, graph: Graph | None = None, cluster: Cluster | None = N
     samples = -(-plan.batch_size // plan.microbatches)
     edges = edges_of(seg.crossings, cluster, stages, ranks, samples)
     tied = tied_of(seg, cluster, stages, ranks)
-    simulation = simulate(times, edges, plan.schedule, plan.microbatches, tied, events)
+    simulation = simulate(times, edges, plan.schedule, plan.microbatches, tied, events, groups)
     return Timeline((*events, *_reductions(ends, events)), simulation, complete=True)
 
 

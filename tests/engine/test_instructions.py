@@ -26,12 +26,11 @@ def prepared(graph: Graph, plan: Plan) -> tuple[Program, list[list[tuple[Action,
     """For each rank its actions with the instructions made of them."""
     program = place(graph, plan, graph)
     edges = {(e.producer, e.consumer): bool(e.gradients) for e in program.edges}
-    lists = lower(plan.schedule, len(plan.stages), len(SIZES), edges)
+    lists = lower(plan.schedule, len(plan.stages), len(SIZES), edges, len(plan.groups))
     ranks = []
     for rank in range(plan.world_size):
         preparation = Preparation(program, plan, rank)
-        (stage,) = preparation.held
-        own = lists[stage]
+        own = lists[plan.groups.index(tuple(preparation.held))]
         ranks.append(list(zip(own, preparation.prepare(own, SIZES))))
     return program, ranks
 

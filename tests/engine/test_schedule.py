@@ -65,7 +65,7 @@ def test_what_is_no_action_is_refused(text):
 
 def test_orders():
     def text(schedule, stage):
-        return " ".join(f"{kind.value}{m}" for kind, m in compute_order(schedule, stage, 3, 4))
+        return " ".join(f"{a.kind.value}{a.microbatch}" for a in compute_order(schedule, stage, 3, 4))
 
     assert text("gpipe", 1) == "F0 F1 F2 F3 B0 B1 B2 B3"
     assert text("1f1b", 0) == "F0 F1 F2 B0 F3 B1 B2 B3"
@@ -75,7 +75,7 @@ def test_orders():
 
 def test_unknown_schedule_lists_the_known_ones():
     for call in (lambda: lower("2f2b", 2, 2, chain(2)), lambda: in_flight("2f2b", 0, 2, 2)):
-        with pytest.raises(ValueError, match="'2f2b'; known are 1f1b, gpipe"):
+        with pytest.raises(ValueError, match="'2f2b'; known are 1f1b, gpipe, interleaved"):
             call()
 
 
@@ -110,6 +110,39 @@ def test_every_lowered_schedule_is_valid(pipeline):
     schedule, stages, microbatches, edges = pipeline
     validate(lower(schedule, stages, microbatches, edges), edges, microbatches)
     validate(lower_forward(stages, microbatches, edges), edges, microbatches, training=False)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 11), st.data())
+def test_interleaved_lists_are_valid_for_any_number_of_microbatches(groups, laps, microbatches, data):
+    stages = groups * laps
+    edges = chain(stages)
+    for producer in range(stages):
+        for consumer in range(producer + 1, stages):
+            kind = data.draw(st.sampled_from(["keep", "keep", "gradient", "plain"]))
+            if kind != "keep":
+                edges[producer, consumer] = kind == "gradient"
+    held = [range(group, stages, groups) for group in range(groups)]
+    validate(lower("interleaved", stages, microbatches, edges, groups), edges, microbatches, True, held)
+    validate(lower_forward(stages, microbatches, edges, groups), edges, microbatches, False, held)
+
+
+def test_interleaved_orders():
+    def text(group, microbatches):
+        return " ".join(map(str, compute_order("interleaved", group, 4, microbatches, 2)))
+
+    assert text(0, 2) == "0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1"
+    assert text(1, 2) == "1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1"
+    assert text(1, 3) == "1F0 1F1 3F0 3B0 3F1 3B1 1F2 1B0 1B1 3F2 3B2 1B2"
+    assert [in_flight("interleaved", s, 4, 8, 2) for s in range(4)] == [4, 3, 2, 1]
+
+
+def test_a_circular_wait_within_a_rank_is_named():
+    # Rank 0 wants its second stage before its first.
+    lists = [listed("2RA0<1 2F0 0F0 0SA0>1"), listed("1RA0<0 1F0 1SA0>2")]
+    with pytest.raises(ValueError) as error:
+        validate(lists, chain(3), 1, False, [[0, 2], [1]])
+    assert "stages 0, 2 are stuck at 2F0: waits for 2RA0<1 (message 0 of channel 1>2), not sent yet" in str(error.value)
 
 
 @settings(deadline=None)

@@ -207,7 +207,7 @@ def test_reductions_start_in_one_order_whatever_that_of_blocks(order: tuple[int,
     for index in (3, *order):
         reducer.complete([made[index]])
     assert recorder.log == [], "only the last backward completes a bucket"
-    reducer.begin_last_backward()
+    reducer.begin_last_backward(frozenset(f"p{i}" for i in range(4)))
     for index in (3, *order):
         reducer.complete([made[index]])
     root = "all" if owner is None else str(owner)
@@ -222,7 +222,7 @@ def test_what_gets_no_gradient_is_reduced_at_the_end():
     made = buckets(3, "optimizer")
     reducer = GradientReducer(made, recorder)  # type: ignore[arg-type]
     reducer.begin_step()
-    reducer.begin_last_backward()
+    reducer.begin_last_backward(frozenset(f"p{i}" for i in range(4)))
     reducer.complete([made[2]])
     reducer.complete([made[0]])
     assert recorder.log == ["1 gradients of 2"]

@@ -53,16 +53,17 @@ def even_plan(
     schedule: str = "1f1b",
     recompute: str = "none",
     shard: str = "none",
+    laps: int = 1,
 ) -> Plan:
-    """A plan with about equally many blocks in each stage."""
+    """A plan with about equally many blocks in each stage. The ranks repeat `laps` times, for interleaved schedules."""
     blocks = len(graph.blocks)
-    count = len(replicas)
+    count = len(replicas) * laps
     assert blocks >= count, f"{blocks} blocks cannot make {count} stages"
     bounds = [round(i * blocks / count) for i in range(count + 1)]
-    starts = [sum(replicas[:i]) for i in range(count)]
+    starts = [sum(replicas[:i]) for i in range(len(replicas))] * laps
     stages = tuple(
         StagePlan(a, b - 1, tuple(range(s, s + r)), recompute, shard)
-        for a, b, s, r in zip(bounds, bounds[1:], starts, replicas)
+        for a, b, s, r in zip(bounds, bounds[1:], starts, [*replicas] * laps)
     )
     return Plan(stages, batch_size, microbatches, schedule, graph.structural_hash)
 
@@ -144,9 +145,10 @@ def planner(
     schedule: str = "1f1b",
     recompute: str = "none",
     shard: str = "none",
+    laps: int = 1,
 ) -> Planner:
     """Makes even plans."""
-    return lambda graph, samples: even_plan(graph, replicas, microbatches, samples, schedule, recompute, shard)
+    return lambda graph, samples: even_plan(graph, replicas, microbatches, samples, schedule, recompute, shard, laps)
 
 
 def on_ranks(
@@ -270,11 +272,12 @@ def check(
     schedule: str = "1f1b",
     recompute: str = "none",
     shard: str = "none",
+    laps: int = 1,
     steps: int = 5,
     tolerance: Tolerance = EXACT,
     make_optimizer: MakeOptimizer = optimizer_of,
 ) -> None:
     """Train both ways and compare. With `EXACT`, the model must be in float64."""
-    make_plan = planner(replicas, microbatches, schedule, recompute, shard)
+    make_plan = planner(replicas, microbatches, schedule, recompute, shard, laps)
     result = pipelined(model, batch, replicas, make_plan, steps, make_optimizer)
     compare(result, plain(model, batch, steps, make_optimizer), tolerance)

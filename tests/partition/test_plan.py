@@ -150,3 +150,41 @@ def test_a_plan_cannot_be_changed_by_accident():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PLAN.microbatches = 3  # type: ignore[misc]
     assert hash(PLAN) == hash(Plan.from_json(PLAN.to_json()))
+
+
+def interleaved(*ranks: tuple[int, ...]) -> Plan:
+    stages = tuple(StagePlan(i, i, own) for i, own in enumerate(ranks))
+    return Plan(stages, 32, 8, "interleaved", "hash")
+
+
+def test_interleaved_stages_share_ranks():
+    plan = interleaved((0,), (1, 2), (0,), (1, 2), (0,), (1, 2))
+    plan.check_shape(6, 3)
+    assert plan.world_size == 3
+    assert plan.groups == ((0, 2, 4), (1, 3, 5))
+    assert PLAN.groups == ((0,), (1,), (2,))
+    assert "6 stages on 3 ranks" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "field", "problem"),
+    [
+        (((0,), (1,)), "stages[*].ranks", "give each stage ranks of its own, but under"),
+        (((0,), (0,)), "stages[*].ranks", "give neighbours the same ranks, but under"),
+        (((0,), (1,), (0,)), "stages", 'are 3, but under the schedule "interleaved" they are a multiple of the 2'),
+        (((0,), (1,), (0,), (2,)), "stages[3].ranks", "they must be those of stages[1], [1]"),
+        (((0, 1), (2,), (0, 1), (1,)), "stages[3].ranks", "must be those of stages[1], [2]"),
+        (((0, 1), (1,), (0, 1), (1,)), "stages[1].ranks", "has rank 1, which stages[0] has already"),
+    ],
+)
+def test_wrong_interleaved_ranks_are_named(ranks, field, problem):
+    plan = interleaved(*ranks)
+    with pytest.raises(ValueError, match=re.escape(f"`{field}`")) as error:
+        plan.check_shape(len(ranks), plan.world_size)
+    assert problem in str(error.value)
+
+
+def test_shared_ranks_need_the_interleaved_schedule():
+    plan = dataclasses.replace(interleaved((0,), (1,), (0,), (1,)), schedule="1f1b")
+    with pytest.raises(ValueError, match=re.escape("stages[2].ranks` has rank 0, which stages[0] has already")):
+        plan.check_shape(4, 2)

@@ -80,3 +80,37 @@ def test_a_step_is_no_faster_than_its_busiest_stage(schedule, forwards, microbat
     assert result.step_us >= max(result.computed_us)
     assert 0 <= result.bubble < 1
     assert result.step_us >= sum(3 * f for f in forwards)
+
+
+def interleaved(groups: int, laps: int, microbatches: int, forward: float, backward: float) -> float:
+    """The step of equal stages without transfers that together compute as much as `groups` stages do."""
+    times = [StageTimes(forward / laps, backward / laps)] * (groups * laps)
+    edges = [Edge(s, s + 1, 0.0, 0.0) for s in range(groups * laps - 1)]
+    return simulate(times, edges, "interleaved", microbatches, groups=groups).step_us
+
+
+@settings(deadline=None)
+@given(st.integers(2, 6), st.integers(2, 4), st.integers(1, 4), st.floats(0.5, 4.0))
+def test_interleaved_divides_the_bubble_of_full_rounds_by_its_laps(groups, laps, rounds, backward):
+    microbatches = rounds * groups
+    wanted = (1.0 + backward) * (microbatches + (groups - 1) / laps)
+    assert interleaved(groups, laps, microbatches, 1.0, backward) == pytest.approx(wanted)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 5), st.integers(2, 4), st.integers(1, 14))
+def test_interleaved_takes_no_longer_than_with_a_full_last_round(groups, laps, microbatches):
+    full = -(-microbatches // groups) * groups
+    assert interleaved(groups, laps, microbatches, 1.0, 2.0) <= interleaved(groups, laps, full, 1.0, 2.0) * (1 + 1e-9)
+
+
+def test_gradients_of_a_stage_are_reduced_while_others_of_its_rank_compute():
+    # Ranks 0 and 1 run stages 0, 2 and 1, 3; the last backwards end at 8 for stage 2 and at 12 for stage 0.
+    def step(exposed: tuple[float, ...]) -> float:
+        times = [StageTimes(1.0, 2.0, exposed=e) for e in exposed]
+        edges = [Edge(s, s + 1, 0.0, 0.0) for s in range(3)]
+        return simulate(times, edges, "interleaved", 1, groups=2).step_us
+
+    assert step((0.0, 0.0, 0.0, 0.0)) == 12.0
+    assert step((0.0, 0.0, 3.5, 0.0)) == 12.0
+    assert step((1.0, 0.0, 5.0, 0.0)) == 8.0 + 5.0 + 1.0

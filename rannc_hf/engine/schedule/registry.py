@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from rannc_hf.engine.schedule.actions import ActionKind
+from rannc_hf.engine.schedule.actions import Action, ActionKind
 from rannc_hf.partition import schedules
 from rannc_hf.partition.schedules import SCHEDULES as SCHEDULES
 from rannc_hf.partition.schedules import in_flight as in_flight
 
 
-def compute_order(schedule: str, stage: int, stages: int, microbatches: int) -> list[tuple[ActionKind, int]]:
-    """The forwards and backwards of `stage` in order. Raises `ValueError` for a schedule that does not exist."""
-    order = schedules.compute_order(schedule, stage, stages, microbatches)
-    return [(ActionKind.BACKWARD if backward else ActionKind.FORWARD, m) for backward, m in order]
+def compute_order(schedule: str, group: int, stages: int, microbatches: int, groups: int | None = None) -> list[Action]:
+    """The forwards and backwards of a group of ranks in order; `groups` of them run `stages` stages.
+
+    Raises `ValueError` for a schedule that does not exist.
+    """
+    order = schedules.compute_order(schedule, group, stages, microbatches, groups)
+    return [Action(ActionKind.BACKWARD if backward else ActionKind.FORWARD, s, m) for backward, s, m in order]

@@ -1,4 +1,6 @@
-"""Runs the action lists of all stages without computing anything, and reports what could never work.
+"""Runs the action lists of all ranks without computing anything, and reports what could never work.
+
+There is one list for each group of ranks that run the same stages; mostly it is one stage.
 
 A channel (producer stage, consumer stage, direction) is a FIFO of zero capacity: sends and receives are posted without
 waiting and matched in order, and a compute waits until its receives are matched. Work and memory are linear in the
@@ -19,20 +21,33 @@ _INPUT_OF = {ActionKind.RECV_ACT: ActionKind.FORWARD, ActionKind.RECV_GRAD: Acti
 _OUTPUT_OF = {ActionKind.SEND_ACT: ActionKind.FORWARD, ActionKind.SEND_GRAD: ActionKind.BACKWARD}
 
 
-def validate(actions: Sequence[Sequence[Action]], edges: Edges, microbatches: int, training: bool = True) -> None:
-    """Check the action list of every stage, each by itself and all together.
+def validate(
+    actions: Sequence[Sequence[Action]],
+    edges: Edges,
+    microbatches: int,
+    training: bool = True,
+    groups: Sequence[Sequence[int]] | None = None,
+) -> None:
+    """Check the action list of every group of ranks, each by itself and all together.
 
-    `training` says whether every microbatch needs a backward and every stage ends with the reduction of gradients;
-    otherwise neither may occur.
+    `groups` are the stages of each list, by default one each. `training` says whether every microbatch needs a
+    backward and every list ends with the reduction of gradients; otherwise neither may occur.
 
     Raises `ValueError` for: an action that does not belong to its stage or to an edge, a missing or repeated compute,
     a backward before its forward, a message posted on the wrong side of its compute, sends and receives of a channel
     in different orders or numbers, and a circular wait (what each stage is stuck on, and what that waits for).
     """
-    check_edges(edges, len(actions))
-    for stage, own in enumerate(actions):
-        _check_stage(stage, own, edges, microbatches, training)
-    _Run(actions).finish()
+    groups = groups or [[stage] for stage in range(len(actions))]
+    check_edges(edges, sum(map(len, groups)))
+    for stages, own in zip(groups, actions, strict=True):
+        _check_list(stages, own, training)
+        for stage in stages:
+            mine = [a for a in own if a.stage == stage and a.kind is not ActionKind.REDUCE_GRAD]
+            _check_stage(stage, mine, edges, microbatches, training)
+        if training and (not own or own[-1].kind is not ActionKind.REDUCE_GRAD):
+            reduce = Action(ActionKind.REDUCE_GRAD, stages[0])
+            raise ValueError(f"{_names(stages)}: a training step must end with {reduce}")
+    _Run(actions, groups).finish()
 
 
 def channel_of(action: Action) -> Channel:
@@ -40,6 +55,24 @@ def channel_of(action: Action) -> Channel:
     low, high = sorted((action.stage, action.peer))
     activations = action.kind in (ActionKind.SEND_ACT, ActionKind.RECV_ACT)
     return Channel(low, high, FORWARD if activations else BACKWARD)
+
+
+def _names(stages: Sequence[int]) -> str:
+    return f"stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}"
+
+
+def _check_list(stages: Sequence[int], actions: Sequence[Action], training: bool) -> None:
+    """The rules that the list of a group of ranks must obey, whatever stages it runs."""
+    for position, action in enumerate(actions):
+        problem = None
+        if action.stage not in stages:
+            problem = f"is an action of stage {action.stage}"
+        elif action.kind is ActionKind.REDUCE_GRAD and not training:
+            problem = "has no place in evaluation"
+        elif action.kind is ActionKind.REDUCE_GRAD and position != len(actions) - 1:
+            problem = "must be the last action of a training step"
+        if problem is not None:
+            raise ValueError(f"{_names(stages)}: {action} {problem}")
 
 
 def _check_stage(stage: int, actions: Sequence[Action], edges: Edges, microbatches: int, training: bool) -> None:
@@ -58,14 +91,8 @@ def _check_stage(stage: int, actions: Sequence[Action], edges: Edges, microbatch
     def fail(action: Action, why: str) -> None:
         raise ValueError(f"stage {stage}: {action} {why}")
 
-    for position, action in enumerate(actions):
+    for action in actions:
         kind = action.kind
-        if action.stage != stage:
-            fail(action, f"is an action of stage {action.stage}")
-        if kind is ActionKind.REDUCE_GRAD:
-            if not training or position != len(actions) - 1:
-                fail(action, "must be the last action of a training step" if training else "has no place in evaluation")
-            continue
         if not 0 <= action.microbatch < microbatches:
             fail(action, f"is for a microbatch that does not exist (there are {microbatches})")
         if kind.is_compute:
@@ -80,7 +107,7 @@ def _check_stage(stage: int, actions: Sequence[Action], edges: Edges, microbatch
                 fail(action, f"comes before {Action(compute[0], stage, compute[1])}, which makes what it sends")
             if kind.is_receive:
                 posted[compute].add(action.peer)
-    _check_complete(stage, actions, computed, microbatches, training)
+    _check_complete(stage, computed, microbatches, training)
 
 
 def _check_compute(
@@ -101,9 +128,7 @@ def _check_compute(
     computed.add(key)
 
 
-def _check_complete(
-    stage: int, actions: Sequence[Action], computed: set[tuple[ActionKind, int]], microbatches: int, training: bool
-) -> None:
+def _check_complete(stage: int, computed: set[tuple[ActionKind, int]], microbatches: int, training: bool) -> None:
     for kind in (ActionKind.FORWARD, ActionKind.BACKWARD):
         wanted = microbatches if training or kind is ActionKind.FORWARD else 0
         missing = [m for m in range(wanted) if (kind, m) not in computed]
@@ -114,8 +139,6 @@ def _check_complete(
         extra = next((Action(kind, stage, m) for k, m in computed if k is kind and not wanted), None)
         if extra is not None:
             raise ValueError(f"stage {stage}: {extra} has no place in evaluation")
-    if training and (not actions or actions[-1].kind is not ActionKind.REDUCE_GRAD):
-        raise ValueError(f"stage {stage}: a training step must end with {Action(ActionKind.REDUCE_GRAD, stage)}")
 
 
 @dataclass
@@ -125,28 +148,26 @@ class _Fifo:
     sends: list[Action] = field(default_factory=list)
     receives: list[Action] = field(default_factory=list)
     waiting: int | None = None
-    """The stage that waits for the next send."""
+    """The list that waits for the next send."""
 
 
 class _Run:
-    """All stages side by side: each goes on until a compute waits for a message that was not sent yet."""
+    """All lists side by side: each goes on until a compute waits for a message that was not sent yet."""
 
-    def __init__(self, actions: Sequence[Sequence[Action]]) -> None:
-        self._actions = actions
+    def __init__(self, actions: Sequence[Sequence[Action]], groups: Sequence[Sequence[int]]) -> None:
+        self._actions, self._groups = actions, groups
         self._next = [0] * len(actions)
         self._fifos: defaultdict[Channel, _Fifo] = defaultdict(_Fifo)
-        self._inputs: list[defaultdict[tuple[ActionKind, int], list[tuple[Channel, int]]]] = [
-            defaultdict(list) for _ in actions
-        ]
+        self._inputs: defaultdict[Action, list[tuple[Channel, int]]] = defaultdict(list)
+        """What each compute waits for."""
         self._ready = deque(range(len(actions)))
 
     def finish(self) -> None:
         """Run to the end; raises `ValueError` where that cannot be reached or leaves messages over."""
         while self._ready:
             self._advance(self._ready.popleft())
-        stuck = [stage for stage, own in enumerate(self._actions) if self._next[stage] < len(own)]
-        if stuck:
-            lines = [self._describe(stage) for stage in range(len(self._actions))]
+        if any(self._next[index] < len(own) for index, own in enumerate(self._actions)):
+            lines = [self._describe(index) for index in range(len(self._actions))]
             raise ValueError("circular wait or missing send, no stage can go on:\n  " + "\n  ".join(lines))
         for channel, fifo in sorted(self._fifos.items()):
             more, fewer = fifo.sends, fifo.receives
@@ -156,25 +177,25 @@ class _Run:
                 shown = ", ".join(map(str, left[:5])) + (" and more" if len(left) > 5 else "")
                 raise ValueError(f"channel {channel}: no matching {word} for {shown}")
 
-    def _advance(self, stage: int) -> None:
-        own = self._actions[stage]
-        while self._next[stage] < len(own):
-            action = own[self._next[stage]]
+    def _advance(self, index: int) -> None:
+        own = self._actions[index]
+        while self._next[index] < len(own):
+            action = own[self._next[index]]
             if action.kind.is_compute:
                 blocked = self._blocked(action)
                 if blocked is not None:
-                    self._fifos[blocked].waiting = stage
+                    self._fifos[blocked].waiting = index
                     return
-                self._inputs[stage].pop((action.kind, action.microbatch), None)
+                self._inputs.pop(action, None)
             elif action.kind.is_receive:
                 self._receive(action)
             elif action.kind.is_send:
                 self._send(action)
-            self._next[stage] += 1
+            self._next[index] += 1
 
     def _blocked(self, action: Action) -> Channel | None:
         """The channel of the first receive that the compute still waits for."""
-        for channel, position in self._inputs[action.stage].get((action.kind, action.microbatch), ()):
+        for channel, position in self._inputs.get(action, ()):
             if position >= len(self._fifos[channel].sends):
                 return channel
         return None
@@ -182,8 +203,8 @@ class _Run:
     def _receive(self, action: Action) -> None:
         channel = channel_of(action)
         fifo = self._fifos[channel]
-        compute = (_INPUT_OF[action.kind], action.microbatch)
-        self._inputs[action.stage][compute].append((channel, len(fifo.receives)))
+        compute = Action(_INPUT_OF[action.kind], action.stage, action.microbatch)
+        self._inputs[compute].append((channel, len(fifo.receives)))
         fifo.receives.append(action)
         self._check_match(channel, len(fifo.receives) - 1)
 
@@ -204,14 +225,16 @@ class _Run:
         if sent.microbatch != received.microbatch:
             raise ValueError(f"channel {channel}: message {position} is sent by {sent} but received by {received}")
 
-    def _describe(self, stage: int) -> str:
-        own = self._actions[stage]
-        if self._next[stage] == len(own):
-            return f"stage {stage} has finished"
-        action = own[self._next[stage]]
+    def _describe(self, index: int) -> str:
+        own, stages = self._actions[index], self._groups[index]
+        several = len(stages) > 1
+        if self._next[index] == len(own):
+            return f"{_names(stages)} {'have' if several else 'has'} finished"
+        action = own[self._next[index]]
         waits = [
             f"{self._fifos[channel].receives[position]} (message {position} of channel {channel})"
-            for channel, position in self._inputs[stage][action.kind, action.microbatch]
+            for channel, position in self._inputs[action]
             if position >= len(self._fifos[channel].sends)
         ]
-        return f"stage {stage} is stuck at {action}: waits for {', '.join(waits)}, not sent yet"
+        stuck = f"{_names(stages)} {'are' if several else 'is'} stuck at {action}"
+        return f"{stuck}: waits for {', '.join(waits)}, not sent yet"
