@@ -22,7 +22,7 @@ SECTION = "rannc_config"
 """Key of an accelerate config file under which our options live."""
 
 _ACCELERATE_KEYS = frozenset({"compute_environment", "distributed_type", "num_processes"})
-_SCHEDULES = ("auto", "gpipe", "1f1b")
+_SCHEDULES = ("auto", "gpipe", "1f1b", "interleaved")
 _RECOMPUTE = ("auto", "none", "blocks")
 _COSTS = ("auto", "measured", "analytic")
 _SHARD = ("auto", "none", "optimizer", "gradients", "parameters")
@@ -51,8 +51,11 @@ class RanncConfig:
     microbatches: Literal["auto"] | int = "auto"
     """Parts the global batch is cut into; 1 turns pipelining off. "auto": the planner chooses."""
 
-    schedule: Literal["auto", "gpipe", "1f1b"] = "auto"
-    """Order of forwards and backwards. "auto": the planner chooses."""
+    schedule: Literal["auto", "gpipe", "1f1b", "interleaved"] = "auto"
+    """Order of forwards and backwards. "auto": the planner chooses.
+
+    Under "interleaved" each rank runs several stages; `stages` and `replicas` are then groups of ranks and their sizes.
+    """
 
     recompute: Literal["auto", "none", "blocks"] = "auto"
     """"blocks" keeps only the inputs of each block and computes it again in the backward; "none" keeps everything.

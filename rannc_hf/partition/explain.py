@@ -34,14 +34,17 @@ def explain_plan(best: Outcome, candidates: int, others: Sequence[Outcome]) -> s
         parts[0] += f", {_slower(best, others[0])} faster than the next shape"
     if len(computed) > 1:
         slowest = max(range(len(computed)), key=lambda s: computed[s])
+        what = "stage" if len(best.candidate.stages) == len(computed) else "group of ranks"
         balance = max(computed) * len(computed) / sum(computed)
         parts.append(
-            f"bubble {best.simulation.bubble:.0%}, slowest stage {slowest} ({balance:.2f} times the mean), "
+            f"bubble {best.simulation.bubble:.0%}, slowest {what} {slowest} ({balance:.2f} times the mean), "
             f"{best.simulation.tail_us / best.simulation.step_us:.0%} for gradients and optimizer"
         )
     else:
         tail = best.simulation.tail_us / best.simulation.step_us
         parts.append(f"one stage: {_DATA_PARALLEL[best.candidate.shards[0]]}, {tail:.0%} for gradients and optimizer")
+    if len(best.candidate.stages) > len(computed):
+        parts.append(f"each rank runs {len(best.candidate.stages) // len(computed)} stages, for a smaller bubble")
     if "blocks" in best.candidate.recompute:
         parts.append("recomputes where activations do not fit")
     if best.candidate.placement == "across":
@@ -105,7 +108,7 @@ def _no_shape(problem: Problem) -> ValueError:
     config = problem.config
     fixed = [
         f"{name}={getattr(config, name)}"
-        for name in ("stages", "replicas", "microbatches")
+        for name in ("stages", "replicas", "microbatches", "schedule")
         if getattr(config, name) != "auto"
     ]
     given = f" with {', '.join(fixed)}" if fixed else ""

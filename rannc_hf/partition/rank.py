@@ -36,8 +36,11 @@ class Outcome:
 
 def rank(models: Mapping[int, StageModel], candidates: Sequence[Candidate]) -> list[Outcome]:
     """Simulate candidates; the fastest first."""
-    outcomes = [_simulate(models[c.microbatches], c) for c in candidates]
-    # 1F1B holds fewer microbatches: it wins unless GPipe is faster by more than rounding.
+    return fastest_first([_simulate(models[c.microbatches], c) for c in candidates])
+
+
+def fastest_first(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Sorted by time. 1F1B needs the least memory and transfers: others must be faster by more than rounding."""
     return sorted(outcomes, key=lambda o: o.simulation.step_us * (1.0 if o.candidate.schedule == "1f1b" else 1.001))
 
 

@@ -1,7 +1,7 @@
 """`find_plan`: the fastest plan for a graph on a cluster.
 
 For each number of microbatches, exact dynamic programming over stages and replicas (`dp.py`) on estimated times; the
-best candidates of all are then simulated event by event, and the best simulated one wins.
+best candidates of all, and a few interleaved ones, are then simulated event by event, and the best simulated one wins.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from rannc_hf.config import RanncConfig
 from rannc_hf.cost.table import CostTable
 from rannc_hf.partition.cluster import Cluster
 from rannc_hf.partition.explain import explain_failure, explain_plan, why_slower
+from rannc_hf.partition.interleave import interleaved, wants_interleaved
 from rannc_hf.partition.plan import Plan, RunnerUp, StagePlan
 from rannc_hf.partition.problem import Problem
-from rannc_hf.partition.rank import Outcome, peaks, rank
+from rannc_hf.partition.rank import Outcome, fastest_first, peaks, rank
 from rannc_hf.partition.space import PlanError, check_options, search
 from rannc_hf.partition.stages import StageModel
 
@@ -36,9 +37,12 @@ def find_plan(
     check_options(problem)
     models: dict[int, StageModel] = {}
     candidates = search(problem, models)
-    if not candidates:
-        raise explain_failure(problem)
     outcomes = rank(models, candidates[:_SIMULATED])
+    if wants_interleaved(problem.config):
+        best_us = outcomes[0].simulation.step_us if outcomes else float("inf")
+        outcomes = fastest_first([*outcomes, *interleaved(problem, models, best_us)])
+    if not outcomes:
+        raise explain_failure(problem)
     best, others = outcomes[0], _distinct(outcomes)
     return Plan(
         stages=_stage_plans(models[best.candidate.microbatches], best),
@@ -47,7 +51,7 @@ def find_plan(
         schedule=best.candidate.schedule,
         graph_hash=graph.structural_hash,
         step_time_us=best.simulation.step_us,
-        why=explain_plan(best, len(candidates), others),
+        why=explain_plan(best, max(len(candidates), len(outcomes)), others),
         runners_up=tuple(_runner_up(best, o) for o in others[:_RUNNERS_UP]),
     )
 
@@ -62,7 +66,7 @@ def _distinct(outcomes: list[Outcome]) -> list[Outcome]:
 
 def _stage_plans(model: StageModel, outcome: Outcome) -> tuple[StagePlan, ...]:
     c = outcome.candidate
-    memory = peaks(model, c.schedule, c.stages, c.choices)
+    memory = peaks(model, c.schedule, c.stages, c.choices, len(set(outcome.ranks)))
     return tuple(
         StagePlan(stage.first, stage.last, ranks, *choice, times.forward, times.backward, peak)
         for stage, choice, ranks, times, peak in zip(c.stages, c.choices, outcome.ranks, outcome.times, memory)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from rannc_hf.partition.candidate import Candidate
 from rannc_hf.partition.dp import best_candidates, even_candidates, fits
+from rannc_hf.partition.interleave import interleaved
 from rannc_hf.partition.problem import Problem
+from rannc_hf.partition.schedules import INTERLEAVED
 from rannc_hf.partition.stages import StageModel
 from rannc_hf.partition.tables import Limits
 
@@ -34,6 +36,14 @@ def check_options(problem: Problem) -> None:
             f"rannc config: stages={config.stages} is not possible with {size} devices and {blocks} blocks in the "
             f"model; use at most {min(size, blocks)}"
         )
+    if config.schedule == INTERLEAVED:
+        groups = config.stages if config.stages != "auto" else 2
+        groups = len(config.replicas) if config.replicas != "auto" else groups
+        if groups < 2 or size < 2 or blocks < 2 * groups:
+            raise ValueError(
+                f"rannc config: schedule={INTERLEAVED!r} needs two groups of devices or more, of which each runs two "
+                f"stages or more; here are {size} devices, {groups} groups and {blocks} blocks in the model"
+            )
     if config.replicas != "auto":
         if sum(config.replicas) != size:
             raise ValueError(
@@ -101,11 +111,17 @@ def limits(problem: Problem) -> Limits:
     return Limits(min(problem.cluster.size, problem.segments.count, _COLUMNS))
 
 
+def models_of(problem: Problem) -> dict[int, StageModel]:
+    """A model for each number of microbatches to try."""
+    replicas = {m: replica_choices(problem, m) for m in microbatch_counts(problem)}
+    return {m: StageModel(problem, m, found) for m, found in replicas.items() if found}
+
+
 def search(problem: Problem, models: dict[int, StageModel]) -> list[Candidate]:
     """Candidates for all numbers of microbatches, the best estimate first; fills `models` for the ones tried."""
-    for microbatches in microbatch_counts(problem):
-        if replicas := replica_choices(problem, microbatches):
-            models[microbatches] = StageModel(problem, microbatches, replicas)
+    models |= models_of(problem)
+    if problem.config.schedule == INTERLEAVED:
+        return []
     allowed = limits(problem)
     found: list[Candidate] = []
     order: list[tuple[float, float, int]] = []
@@ -139,6 +155,8 @@ def schedules(problem: Problem, microbatches: int) -> list[str]:
 
 def any_fits(problem: Problem) -> bool:
     """Whether any plan fits into memory. Small microbatches need the least, so the two largest counts decide."""
+    if problem.config.schedule == INTERLEAVED:
+        return bool(interleaved(problem, models_of(problem), _NEVER))
     allowed = limits(problem)
     tried = 0
     for microbatches in reversed(microbatch_counts(problem)):

@@ -9,7 +9,7 @@ from rannc_hf.report.markup import Html, count, duration, join, legend, plural, 
 
 STAGE_COLOURS = 8
 """Stages after these begin with the first colour again."""
-_SCHEDULES = {"gpipe": "GPipe", "1f1b": "1F1B"}
+_SCHEDULES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "Interleaved 1F1B"}
 
 
 def stage_chip(index: int) -> Html:
@@ -131,15 +131,17 @@ def _block_table(facts: Facts) -> Html:
 
 
 def memory(facts: Facts) -> Html:
-    """Predicted peak of a device of each stage, against what a device has."""
+    """Predicted peak of a device of each stage, or of the stages that it runs, against what a device has."""
     plan, cluster = facts.plan, facts.cluster
     peaks = [s.predicted_memory_bytes for s in plan.stages]
     limit = cluster.usable_bytes if cluster is not None else None
     full = max([cluster.device.memory_bytes if cluster is not None else 0, *peaks, 1])
     lines = []
-    for index, peak in enumerate(peaks):
-        held = in_flight(plan.schedule, index, len(peaks), plan.microbatches)
-        states = facts.state_bytes[index] if facts.state_bytes is not None else None
+    groups = plan.groups
+    for own in groups:
+        index, peak = own[0], peaks[own[0]]
+        held = max(in_flight(plan.schedule, s, len(peaks), plan.microbatches, len(groups)) for s in own)
+        states = sum(facts.state_bytes[s] for s in own) if facts.state_bytes is not None else None
         ranks = plan.stages[index].ranks
         each = "each of " if len(ranks) > 1 else ""
         over = limit is not None and peak > limit
@@ -149,7 +151,7 @@ def memory(facts: Facts) -> Html:
         lines.append(
             tag(
                 "div",
-                tag("div", stage_chip(index), tag("p", f"on {each}{rank_list(ranks)}"), class_="label"),
+                tag("div", *map(stage_chip, own), tag("p", f"on {each}{rank_list(ranks)}"), class_="label"),
                 tag(
                     "div",
                     tag("div", *_fill(peak, states, held, full), _limit(limit, full), class_="gauge"),
