@@ -71,10 +71,11 @@ _BUTTONS = (("−", "0.5", "zoom out"), ("+", "2", "zoom in"), ("fit", "0", "fit
 def _rows(facts: Facts) -> list[Row]:
     plan = facts.plan
     rows = []
-    measured: dict[int, list[tuple[str, int | None, float, float]]] = {r: [] for r in _chosen_ranks(facts)}
+    chosen = _chosen_ranks(facts)
+    measured: dict[tuple[int, int], list[tuple[str, int | None, float, float]]] = {}
     for s in facts.trace:
-        if s.rank in measured:
-            measured[s.rank].append((s.kind, s.microbatch, s.start_us, s.end_us))
+        if s.rank in chosen:
+            measured.setdefault((s.rank, s.stage), []).append((s.kind, s.microbatch, s.start_us, s.end_us))
     for index, stage in enumerate(plan.stages):
         colour = f"s{index % STAGE_COLOURS}"
         if facts.timeline is not None:
@@ -83,10 +84,10 @@ def _rows(facts: Facts) -> list[Row]:
             spans = [(e.kind, e.microbatch, e.start_us, e.end_us) for e in events]
             rows.append(Row(label, f"row predicted {colour}", spans))
         for rank in stage.ranks:
-            if rank in measured:
+            if rank in chosen:
                 chip = stage_chip(index) if facts.timeline is None else None
                 label = tag("div", chip, tag("p", f"rank\u00a0{rank}", tag("span", " measured")))
-                rows.append(Row(label, f"row measured {colour}", measured[rank]))
+                rows.append(Row(label, f"row measured {colour}", measured.get((rank, index), [])))
     return rows
 
 

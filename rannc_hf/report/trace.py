@@ -66,10 +66,10 @@ def parse_trace(data: Any, plan: Plan) -> tuple[Span, ...]:
     """
     if not isinstance(data, list) or not data:
         raise ValueError("trace: is not a list with at least one span")
-    spans, computed = [], dict[tuple[int, str, int | None], int]()
+    spans, computed = [], dict[tuple[int, int, str, int | None], int]()
     for index, entry in enumerate(data):
         span = _read(entry, index, plan)
-        key = (span.rank, span.kind, span.microbatch)
+        key = (span.rank, span.stage, span.kind, span.microbatch)
         if span.kind in ("forward", "backward") and computed.setdefault(key, index) != index:
             raise _error(index, "microbatch", f"repeats entry {computed[key]}; a trace holds one step")
         spans.append(span)

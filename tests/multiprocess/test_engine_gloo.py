@@ -34,8 +34,8 @@ from tests.parity.models import CASES
 pytestmark = pytest.mark.multiprocess
 
 
-Run = tuple[str, tuple[int, ...], str]
-"""A model, the replicas of the stages and what they divide."""
+Run = tuple[str, tuple[int, ...], str, int]
+"""A model, the replicas of groups of ranks, what they divide, and how many stages each rank runs."""
 
 
 def train_and_evaluate(rank: int, runs: list[Run], steps: int) -> list[tuple[Result, Any, Any]]:
@@ -43,11 +43,14 @@ def train_and_evaluate(rank: int, runs: list[Run], steps: int) -> list[tuple[Res
     return [train_one(rank, *run, steps) for run in runs]
 
 
-def train_one(rank: int, name: str, replicas: tuple[int, ...], shard: str, steps: int) -> tuple[Result, Any, Any]:
+def train_one(
+    rank: int, name: str, replicas: tuple[int, ...], shard: str, laps: int, steps: int
+) -> tuple[Result, Any, Any]:
     case = CASES[name]
     model = case.model()
     optimizer = optimizer_of(model)
-    make_plan = planner(replicas, 3, recompute="blocks" if shard == "parameters" else "none", shard=shard)
+    recompute = "blocks" if shard == "parameters" else "none"
+    make_plan = planner(replicas, 3, "interleaved" if laps > 1 else "1f1b", recompute, shard, laps)
     wrapped = RanncModel(model, RanncConfig(length_multiple=1, timeout_s=60), device=CPU, planner=make_plan)
     wrapped.register_optimizer(optimizer)
     part = shards(case.batch_as(9), sum(replicas))[rank]
@@ -61,19 +64,20 @@ def train_one(rank: int, name: str, replicas: tuple[int, ...], shard: str, steps
     "runs",
     [
         [
-            ("t5", (1, 2), "none"),
-            ("vit", (1, 2), "optimizer"),
-            ("t5", (2, 1), "gradients"),
-            ("gpt2", (3,), "parameters"),
+            ("t5", (1, 2), "none", 1),
+            ("vit", (1, 2), "optimizer", 1),
+            ("t5", (2, 1), "gradients", 1),
+            ("gpt2", (3,), "parameters", 1),
+            ("t5", (1, 2), "optimizer", 2),
         ],
-        [("gpt2", (2, 1, 1), "none")],
+        [("gpt2", (2, 1, 1), "none", 1)],
     ],
     ids=["3 ranks", "4 ranks"],
 )
 def test_processes_equal_plain_training(runs: list[Run]):
     ranks = sum(runs[0][1])
     results = run_ranks(train_and_evaluate, ranks, runs, 3, timeout_s=200)
-    for (name, _, _), of_ranks in zip(runs, zip(*results)):
+    for (name, *_), of_ranks in zip(runs, zip(*results)):
         case = CASES[name]
         result = merge([r for r, _, _ in of_ranks])
         compare(result, plain(case.model(), case.batch_as(9), 3), EXACT)

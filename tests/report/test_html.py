@@ -169,6 +169,19 @@ def test_timeline_has_the_actions_of_the_schedule(tmp_path, schedule):
         assert order == [(KINDS[a.kind], str(a.microbatch)) for a in actions if a.kind.is_compute]
 
 
+def test_a_rank_with_several_stages_has_one_gauge_of_memory(tmp_path):
+    plan = planned(schedule="interleaved", microbatches=4, shard="none")
+    laps = len(plan.stages) // len(plan.groups)
+    assert laps > 1
+    found = page(tmp_path, plan, trace=parse_trace(spans_of(plan), plan))
+    measured = [spans for kind, spans in found.rows if kind == "measured"]
+    assert len(measured) == sum(s.replicas for s in plan.stages)
+    assert all(spans for spans in measured)
+    gauges = [a for tag, a in found.elements if "gauge" in a.get("class", "").split()]
+    assert len(gauges) == len(plan.groups)
+    assert "Interleaved 1F1B" in found.words
+
+
 def start_of(span):
     return float(span[1]["data-t"].split(",")[0])
 
