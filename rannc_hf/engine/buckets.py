@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from rannc_hf.engine.deferred import become, value_of
 from rannc_hf.engine.scaling import multiply
 from rannc_hf.engine.sharding import BucketSpec
 from rannc_hf.partition.memory import ALIGNMENT
@@ -20,7 +21,8 @@ class Bucket:
     `flat_compute`: the masters themselves where they are owned and computed with in their own precision.
 
     Args:
-        parameters: the user's, on `device` and with their values on every rank.
+        parameters: the user's, on `device` and with their values on every rank; or deferred, which get their values
+            here, where they are owned.
         rank: this rank, one of `spec.ranks`.
         compute_dtype: the dtype to compute floating parameters in; None for their own.
     """
@@ -72,8 +74,8 @@ class Bucket:
         master = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         for key, parameter in parameters.items():
             view = self.view(master, key)
-            view.copy_(parameter.data)
-            parameter.data = view
+            view.copy_(value_of(parameter))
+            become(parameter, view)
         return master
 
     def _leaf(self, key: str) -> torch.Tensor:
@@ -141,7 +143,7 @@ class Bucket:
 
 def empty(parameter: nn.Parameter, device: torch.device) -> None:
     """Free the memory of a parameter that another rank owns; its shape stays readable."""
-    parameter.data = torch.empty(1, dtype=parameter.dtype, device=device).expand(parameter.shape)
+    become(parameter, torch.empty(1, dtype=parameter.dtype, device=device).expand(parameter.shape))
 
 
 def free(flat: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from rannc_hf.capture.export import bind_arguments
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import state
 from rannc_hf.engine.batch import Gatherer, GlobalBatch
+from rannc_hf.engine.deferred import refuse_unknown
 from rannc_hf.engine.lengths import Lengths
 from rannc_hf.engine.optimizer import OptimizerMap
 from rannc_hf.engine.outputs import evaluation_output, training_output
@@ -38,13 +39,17 @@ class RanncModel(nn.Module):
     - Under ``model.eval()`` it runs forwards and returns the outputs of this rank's own samples.
 
     Args:
-        module: any model. Its parameters stay the same objects: those of other ranks are emptied.
+        module: any model. Its parameters stay the same objects: those of other ranks are emptied. Parameters built
+            under `deferred_init` get memory only on the ranks that own them.
         config: options of planning and training.
         device: where this rank computes.
         compute_dtype: dtype of the copies of the parameters that the model computes with (bf16); None for their own.
         transport: connections between ranks; None for those of torch.distributed.
         planner: makes the plan from the graph and the size of the global batch; None for the config's file or search.
         on_plan: called on rank 0 when the plan has been chosen, e.g. to print it.
+
+    Raises:
+        ValueError: for parameters or buffers on the meta device whose values nothing tells.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class RanncModel(nn.Module):
         planner: Callable[[Graph, int], Plan] | None = None,
         on_plan: Callable[[Plan, Graph], None] | None = None,
     ) -> None:
+        refuse_unknown(module)
         super().__init__()
         # Not a registered child: parameters and state belong to the user's model, whose class and API survive.
         object.__setattr__(self, "module", module)
@@ -93,14 +99,7 @@ class RanncModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The loss (training) or all outputs (evaluation) for this rank's shard of the global batch. Collective."""
-        problem, batch = None, {}
-        try:
-            batch = self._cast_inputs(bind_arguments(self.module, args, kwargs))
-            if self.training and not torch.is_grad_enabled():
-                raise ValueError("training mode without gradients: call model.eval() before evaluating under no_grad")
-        except (TypeError, ValueError) as error:
-            problem = str(error)
-        gathered = self._gatherer.gather(batch, problem)
+        gathered = self._gather(args, kwargs, self.training and not torch.is_grad_enabled())
         if self.plan is None:
             self._partition(gathered)
         assert self.store is not None
@@ -116,6 +115,27 @@ class RanncModel(nn.Module):
         self._unpublished = self._steps
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         return training_output(runtime.graph, _Publish.apply(anchor, loss, self, self._steps))
+
+    def partition(self, *args: Any, **kwargs: Any) -> Plan:
+        """Plan and place the parameters now, for batches like this one, without training on it. Collective.
+
+        The arguments are those of the model: this rank's shard of an example batch. Returns the plan; on a model that
+        is partitioned already, that is its plan as it stands.
+        """
+        if self.plan is None:
+            self._partition(self._gather(args, kwargs))
+        assert self.plan is not None
+        return self.plan
+
+    def _gather(self, args: tuple[Any, ...], kwargs: dict[str, Any], without_gradients: bool = False) -> GlobalBatch:
+        problem, batch = None, {}
+        try:
+            batch = self._cast_inputs(bind_arguments(self.module, args, kwargs))
+            if without_gradients:
+                raise ValueError("training mode without gradients: call model.eval() before evaluating under no_grad")
+        except (TypeError, ValueError) as error:
+            problem = str(error)
+        return self._gatherer.gather(batch, problem)
 
     def publish(self, scale: torch.Tensor, step: int) -> None:
         """Give the gradients of step `step`, times `scale`, to the parameters. Called by ``loss.backward()``."""
@@ -240,7 +260,7 @@ class RanncModel(nn.Module):
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole state on the CPU of rank 0, an empty dict elsewhere. Collective."""
         if self.store is None:
-            return dict(self.module.state_dict()) if self.transport.rank == 0 else {}
+            return state.whole(self.module) if self.transport.rank == 0 else {}
         return state.gather(self.module, self.store, self.transport)
 
     def load_full_state_dict(self, values: Mapping[str, torch.Tensor]) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from rannc_hf.capture.graph import Graph
 from rannc_hf.engine.buckets import Bucket, empty
+from rannc_hf.engine.deferred import digest, is_deferred
 from rannc_hf.engine.gathering import StageParameters
 from rannc_hf.engine.reduction import GradientReducer
 from rannc_hf.engine.sharding import BucketSpec, bucket_specs
@@ -30,6 +31,7 @@ class ParameterStore:
     ) -> None:
         self.transport, self.device = transport, device
         self.originals = dict(model.named_parameters())
+        self._agree_on_deferred()
         specs = bucket_specs(graph, plan)
         self.owner_ranks = {name: spec.owners for spec in specs for name in spec.parameters}
         """The ranks that keep each parameter's master."""
@@ -43,9 +45,14 @@ class ParameterStore:
         """The copies that this rank's stage computes with."""
 
     def _place(self, spec: BucketSpec, compute_dtype: torch.dtype | None) -> None:
-        """Agree on the first rank's values, keep them where this rank holds them, free them where it does not."""
+        """Agree on the first rank's values, keep them where this rank holds them, free them where it does not.
+
+        Deferred ones are equal anyway, and only their owners ever compute them.
+        """
         parameters = {key: self.originals[key] for key in spec.parameters}
-        for key, parameter in parameters.items() if self.transport.world_size > 1 else ():
+        for key, parameter in parameters.items():
+            if self.transport.world_size == 1 or is_deferred(parameter):
+                continue
             value = parameter.data.to(self.device).contiguous()
             self.transport.broadcast(value, 0, self.transport.everyone, f"first value of parameter {key}").wait()
             parameter.data = value
@@ -54,6 +61,17 @@ class ParameterStore:
             return
         for parameter in parameters.values():
             empty(parameter, self.device)
+
+    def _agree_on_deferred(self) -> None:
+        """Make sure that all ranks would compute the same values."""
+        found = self.transport.all_gather_object(digest(self.originals), "how parameters get their first values")
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise ValueError(
+                    f"ranks 0 and {rank} would start from different parameters: where a model is built under "
+                    "deferred_init, all processes must build it alike and set the same seed before "
+                    "(`accelerate.utils.set_seed(seed)`, without device_specific)"
+                )
 
     @property
     def owned(self) -> dict[str, nn.Parameter]:

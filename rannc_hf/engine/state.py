@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rannc_hf.engine.deferred import value_of
 from rannc_hf.engine.parameters import ParameterStore
 from rannc_hf.engine.transport import Transport
 
@@ -41,6 +42,12 @@ def guard_state_dict(model: nn.Module) -> None:
 
     object.__setattr__(model, "_rannc_state_dict", original)
     object.__setattr__(model, "state_dict", refuse)
+
+
+def whole(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a model that is not partitioned; what is deferred is computed."""
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    return {key: value_of(v).detach() if isinstance(v, torch.Tensor) else v for key, v in state.items()}
 
 
 def gather(model: nn.Module, store: ParameterStore, transport: Transport) -> dict[str, torch.Tensor]:
