@@ -19,10 +19,23 @@ if TYPE_CHECKING:
     from rannc_hf.capture.graph import Graph
     from rannc_hf.config import RanncConfig
     from rannc_hf.engine import RanncModel
+    from rannc_hf.engine.deferred import deferred_init, materialize
     from rannc_hf.integrations.accelerate import RanncAccelerator
+    from rannc_hf.integrations.deferred import from_pretrained
+    from rannc_hf.integrations.torch import parallelize
     from rannc_hf.partition.plan import Plan
 
-__all__ = ["Graph", "Plan", "RanncAccelerator", "RanncConfig", "RanncModel"]
+__all__ = [
+    "Graph",
+    "Plan",
+    "RanncAccelerator",
+    "RanncConfig",
+    "RanncModel",
+    "deferred_init",
+    "from_pretrained",
+    "materialize",
+    "parallelize",
+]
 
 _HOMES = {
     "Graph": "rannc_hf.capture.graph",
@@ -30,6 +43,10 @@ _HOMES = {
     "RanncAccelerator": "rannc_hf.integrations.accelerate",
     "RanncConfig": "rannc_hf.config",
     "RanncModel": "rannc_hf.engine",
+    "deferred_init": "rannc_hf.engine.deferred",
+    "from_pretrained": "rannc_hf.integrations.deferred",
+    "materialize": "rannc_hf.engine.deferred",
+    "parallelize": "rannc_hf.integrations.torch",
 }
 
 

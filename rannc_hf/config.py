@@ -98,6 +98,13 @@ class RanncConfig:
     length_multiple: int = 32
     """Lengths of padded batches are rounded up to a multiple of this; 1 turns that off."""
 
+    deferred_init: bool = False
+    """Whether the Transformers models that a script builds or loads get memory only where their parameters are owned.
+
+    For models larger than a process's share of host memory. Values are the same; but until the first batch, nothing
+    can be computed with such a model. It holds from when the script starts (or the Accelerator is made).
+    """
+
     seed: int = 0
     """Seed of the random streams of dropout."""
 
@@ -115,6 +122,8 @@ class RanncConfig:
         _check_choice("schedule", self.schedule, _SCHEDULES)
         _check_choice("recompute", self.recompute, _RECOMPUTE)
         _check_choice("shard", self.shard, _SHARD)
+        if not isinstance(self.deferred_init, bool):
+            _refuse("deferred_init", self.deferred_init, "true or false")
         if self.compile != "auto" and not isinstance(self.compile, bool):
             _refuse("compile", self.compile, 'true, false or "auto"')
         _check_choice("costs", self.costs, _COSTS)

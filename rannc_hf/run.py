@@ -50,7 +50,13 @@ def _replace_accelerator() -> None:
     import accelerate
     import accelerate.accelerator
 
+    from rannc_hf.config import RanncConfig
+    from rannc_hf.integrations.deferred import defer_models
+
     accelerate.Accelerator = accelerate.accelerator.Accelerator = RanncAccelerator
+    if RanncConfig.load().deferred_init:
+        # Scripts may build the model before the Accelerator.
+        defer_models()
 
 
 def _run_script(path: str) -> None:

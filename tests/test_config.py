@@ -25,6 +25,7 @@ FULL = {
     "timeout_s": 30.0,
     "pad": {"labels": -100, "pixel_mask": 0},
     "length_multiple": 8,
+    "deferred_init": True,
     "seed": 7,
 }
 

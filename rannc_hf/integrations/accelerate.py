@@ -20,6 +20,8 @@ from torch import nn
 
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
+from rannc_hf.engine.deferred import materialize
+from rannc_hf.integrations.deferred import defer_models
 from rannc_hf.integrations.refusals import refuse, unsupported_caller, unsupported_processes, unsupported_settings
 from rannc_hf.report.console import print_plan
 
@@ -46,6 +48,8 @@ class RanncAccelerator(Accelerator):
         if caller is not None and caller.f_back is not None:
             refuse(unsupported_caller(caller.f_back.f_globals.get("__name__", "")))
         self.rannc = RanncConfig.load(rannc)
+        if self.rannc.deferred_init:
+            defer_models()
         given = inspect.signature(Accelerator.__init__).bind(self, *args, **kwargs).arguments
         refuse(unsupported_settings(given, os.environ))
         super().__init__(*args, **kwargs)
@@ -64,6 +68,7 @@ class RanncAccelerator(Accelerator):
         if existing is not None:
             return self._keep(existing)
         if not any(p.requires_grad for p in model.parameters()):
+            materialize(model)
             return super().prepare_model(model, device_placement, evaluation_mode=True)
         self._refuse_model(model)
         dtype = _COMPUTE_DTYPES[self.state.mixed_precision]

@@ -4,7 +4,16 @@
 does them again.
 """
 
-from .building import deferred_init
+from .building import deferred_init, deferred_tensor
 from .values import become, digest, is_deferred, materialize, refuse_unknown, value_of
 
-__all__ = ["become", "deferred_init", "digest", "is_deferred", "materialize", "refuse_unknown", "value_of"]
+__all__ = [
+    "become",
+    "deferred_init",
+    "deferred_tensor",
+    "digest",
+    "is_deferred",
+    "materialize",
+    "refuse_unknown",
+    "value_of",
+]

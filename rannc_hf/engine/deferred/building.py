@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,16 @@ def deferred_init() -> Iterator[None]:
         for handle in handles:
             handle.remove()
     session.finish()
+
+
+def deferred_tensor(like: torch.Tensor, function: Callable[..., torch.Tensor], args: tuple[Any, ...]) -> torch.Tensor:
+    """A tensor without memory, of the shape and dtype of `like`, whose value is what ``function(*args)`` returns.
+
+    To be called under `deferred_init`. Arguments' representations enter the comparison between processes.
+    """
+    with torch._C.DisableTorchFunction():
+        recorder: Recorder = _current.session.recorder
+        return recorder.source(like, function, args)
 
 
 class _Session:

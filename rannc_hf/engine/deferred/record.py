@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import weakref
@@ -71,12 +72,13 @@ class Op:
     memory. Tensors that it returns are the contents of `outputs`; None where a result is of no interest.
     """
 
-    number: int
     function: Callable[..., Any]
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     outputs: tuple[View | None, ...] = ()
     random_state: torch.Tensor | None = None
     """The generator's state before it; None where it draws no random numbers."""
+    number: int = field(default_factory=itertools.count().__next__)
+    """Its place in the order of all operations, also of those recorded at other times."""
 
     @property
     def views(self) -> Iterator[View]:

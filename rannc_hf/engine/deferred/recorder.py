@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,7 +32,6 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._numbers = itertools.count()
         self._busy = False
         self._scratch = allocate(0)
         self._fresh: weakref.WeakKeyDictionary[torch.UntypedStorage, Op] = weakref.WeakKeyDictionary()
@@ -74,12 +72,18 @@ class Recorder(TorchDispatchMode):
         try:
             storage = parameter.untyped_storage()
             base = self._moved.get(storage)
-            if base is None:
-                base = torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")
-                self._describe(storage, remember(base.untyped_storage()))
-            layout = (parameter.storage_offset(), parameter.size(), parameter.stride())
-            data = torch.empty(0, dtype=parameter.dtype, device="meta").set_(base.untyped_storage(), *layout)
-            if swap_data(parameter, data):
+            part = parameter.numel() * parameter.element_size() < storage.nbytes()
+            if base is None and part and storage not in self._fresh:
+                # Of a larger memory, such as a mapped file, only this is kept.
+                data = self.source(parameter, torch.clone, (parameter.detach(),))
+                self._busy = True
+            else:
+                if base is None:
+                    base = torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")
+                    self._describe(storage, remember(base.untyped_storage()))
+                layout = (parameter.storage_offset(), parameter.size(), parameter.stride())
+                data = torch.empty(0, dtype=parameter.dtype, device="meta").set_(base.untyped_storage(), *layout)
+            if swap_data(parameter, data) and base is not None:
                 self._moved[storage] = base
         finally:
             self._busy = False
@@ -93,11 +97,22 @@ class Recorder(TorchDispatchMode):
             (output,) = made.outputs
             assert output is not None
             output = View(memory, output.dtype, output.size, output.stride, output.offset)
-            memory.write(Op(next(self._numbers), made.function, made.arguments, (output,), made.random_state))
+            memory.write(Op(made.function, made.arguments, (output,), made.random_state))
             return
         kept = torch.empty(0, dtype=torch.uint8).set_(storage)
         output = View(memory, torch.uint8, (memory.size,), (1,), 0)
-        memory.write(Op(next(self._numbers), torch.clone, ((kept,), {}), (output,)))
+        memory.write(Op(torch.clone, ((kept,), {}), (output,)))
+
+    def source(self, like: torch.Tensor, function: Callable[..., torch.Tensor], args: tuple[Any, ...]) -> torch.Tensor:
+        """A tensor without memory whose value is what ``function(*args)`` returns, like `like`."""
+        self._busy = True
+        try:
+            tensor = torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device="meta")
+            memory = remember(tensor.untyped_storage())
+            memory.write(Op(function, (args, {}), (view_of(tensor),)))
+            return tensor
+        finally:
+            self._busy = False
 
     # -- operations ----------------------------------------------------------------------------------------------
 
@@ -119,7 +134,7 @@ class Recorder(TorchDispatchMode):
             state = torch.get_rng_state() if generator is None else generator.get_state()
             self._draw(function, args, kwargs, written if replaces else ())
         arguments[1].pop("generator", None)
-        op = Op(next(self._numbers), function, arguments, (), state)
+        op = Op(function, arguments, (), state)
         for view in views:
             view.memory.write(op, all_of_it=replaces and view.whole)
         for view in op.views:
@@ -177,7 +192,7 @@ class Recorder(TorchDispatchMode):
             known = memory_of(tensor) is not None
             remember(tensor.untyped_storage())
             outputs.append(None if known else view_of(tensor))
-        op = Op(next(self._numbers), func, arguments, tuple(outputs))
+        op = Op(func, arguments, tuple(outputs))
         for view in outputs:
             if view is not None:
                 view.memory.write(op)
@@ -212,7 +227,7 @@ class Recorder(TorchDispatchMode):
                 # The default dtype may be another one later.
                 fixed = {**kwargs, "dtype": result.dtype} if _takes(func, "dtype") else dict(kwargs)
                 view = View(Memory(storage.nbytes()), result.dtype, tuple(result.size()), result.stride(), 0)
-                self._fresh[storage] = Op(-1, func, (args, fixed), (view,), state)
+                self._fresh[storage] = Op(func, (args, fixed), (view,), state)
         return result
 
     def _evaluate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -257,10 +272,15 @@ class LooksReal(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         answer = _ANSWERS.get(func)
         if answer is not None and memory_of(args[0]) is not None:
             return answer
-        return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.to and kwargs.get("device") is not None and memory_of(args[0]) is not None:
+            device = torch.device(kwargs["device"])
+            # It is on the CPU already: nothing is copied but for another dtype.
+            kwargs = {**kwargs, "device": None if device.type == "cpu" else device}
+        return func(*args, **kwargs)
 
 
 _ANSWERS: dict[Any, Any] = {
