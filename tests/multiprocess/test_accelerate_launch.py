@@ -37,7 +37,7 @@ def train(folder, script, settings, *arguments, **environ):
     return json.loads(record.removeprefix("RECORD "))
 
 
-def train_both(tmp_path, script, arguments):
+def train_both(tmp_path, script, arguments, **options):
     """Records under DistributedDataParallel and under RaNNC, compared, and the folders of their outputs."""
     ddp, ours = tmp_path / "ddp", tmp_path / "ours"
     ddp.mkdir()
@@ -45,7 +45,7 @@ def train_both(tmp_path, script, arguments):
     # Without this, accelerate alone would let both processes train on their own.
     expected = train(ddp, script, TWO_CPU_PROCESSES, *arguments(ddp), ACCELERATE_USE_CPU="true")
     plan = ours / "plan.json"
-    section = {"stages": 2, "microbatches": 2, "plan_output": str(plan)}
+    section = {"stages": 2, "microbatches": 2, "plan_output": str(plan), **options}
     actual = train(ours, script, {**TWO_CPU_PROCESSES, "rannc_config": section}, *arguments(ours))
     assert (expected.pop("model"), actual.pop("model")) == ("DistributedDataParallel", "RanncModel")
     assert len(json.loads(plan.read_text())["stages"]) == 2
@@ -79,7 +79,7 @@ def test_classifier(tmp_path):
 
 
 def test_masked_language_model_with_accumulation_and_clipping(tmp_path):
-    record, ddp, ours = train_both(tmp_path, "masked_lm.py", lambda folder: [folder])
+    record, ddp, ours = train_both(tmp_path, "masked_lm.py", lambda folder: [folder], deferred_init=True)
     assert len(record["losses"]) == 10 and len(record["norms"]) == 6
     assert min(record["norms"]) > 0.5, "every step is clipped"
     assert len(record["scores"]) == 2 * 21
