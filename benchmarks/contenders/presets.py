@@ -97,7 +97,7 @@ PRESETS = {
         unique=4,
         steps=4,
         warmup=2,
-        limit_s=120,
+        limit_s=280,
     ),
     "bert-large": Preset(
         Model(layers=24, hidden=1024, heads=16),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ def check_losses(rows: Sequence[Row], allowed: float) -> bool:
     for row in done:
         assert reference is not None
         pairs = list(zip(row["losses"], reference["losses"]))[:CHECKED_STEPS]
-        row["loss_difference"] = max(abs(a - b) for a, b in pairs)
-        # Written so that NaN is no agreement.
+        differences = [abs(a - b) for a, b in pairs]
+        row["loss_difference"] = math.nan if any(map(math.isnan, differences)) else max(differences)
         row["same_work"] = row["loss_difference"] <= allowed
     return all(row["same_work"] for row in done)
 
