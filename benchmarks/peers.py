@@ -36,6 +36,8 @@ from contenders.results import check_losses, tolerance, write
 from contenders.soak import run_soak
 from contenders.worker import Spec
 
+from rannc_hf.partition.plan import Plan
+
 NOT_RUN = "not run"
 
 
@@ -66,18 +68,24 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def chosen(preset: Preset, plans: Iterable[str], patterns: Sequence[str] | None) -> list[Contender]:
-    """The contenders of a preset, and of given plans, that match any pattern."""
-    contenders = list(preset.contenders)
-    own = next(c for c in contenders if c.kind == "rannc_hf")
-    contenders[:0] = [replace(own, plan=str(Path(path).resolve())) for path in plans]
+def chosen(preset: Preset, plans: Iterable[str], devices: int, patterns: Sequence[str] | None) -> list[Contender]:
+    """The contenders of a preset, and of given plans with the batches they are for, that match any pattern."""
+    given = []
+    for path in plans:
+        samples = Plan.load(path).batch_size
+        if samples % (devices * preset.unique):
+            raise SystemExit(
+                f"{path}: batch_size {samples} is no multiple of {devices} devices × {preset.unique} samples"
+            )
+        given.append(Contender("rannc_hf", samples // devices, plan=str(Path(path).resolve())))
+    contenders = [*given, *preset.contenders]
     return [c for c in contenders if patterns is None or any(fnmatch(c.name, pattern) for pattern in patterns)]
 
 
 def main(words: Sequence[str] | None = None) -> int:
     options = arguments(words)
     preset = PRESETS[options.model]
-    contenders = chosen(preset, options.plan, options.contenders)
+    contenders = chosen(preset, options.plan, options.devices, options.contenders)
     if options.list:
         print(*(contender.name for contender in contenders), sep="\n")
         return 0

@@ -18,7 +18,7 @@ from typing import Any
 from contenders.worker import DONE, FAILED, OUT_OF_MEMORY, Spec
 
 HUNG = "over its time limit"
-TAIL = 4000
+TAIL = 6000
 BENCHMARKS = Path(__file__).resolve().parent.parent
 _GRACE_S = 10.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from contenders.work import Model
@@ -39,7 +40,8 @@ class Contender:
     def name(self) -> str:
         """Unique within a preset."""
         if self.kind == "rannc_hf":
-            return f"rannc_hf, {'given plan' if self.plan else 'own plan'}, {self.batch} a device"
+            plan = f"plan {Path(self.plan).stem}" if self.plan else "own plan"
+            return f"rannc_hf, {plan}, {self.batch} a device"
         words = [self.kind, f"{self.batch}x{self.microbatches}"]
         flags = {"compiled": self.compiled, "recompute": self.recompute, "reduce each": self.reduce_each}
         return ", ".join(words + [word for word, on in flags.items() if on])
@@ -119,7 +121,7 @@ PRESETS = {
         unique=8,
         steps=8,
         warmup=3,
-        limit_s=150,
+        limit_s=200,
     ),
     "bert-5b": Preset(
         Model(layers=96, hidden=2048, heads=32),

@@ -55,6 +55,7 @@ def prepare_layers(layers: nn.ModuleList, contender: Contender) -> None:
     """Compile each layer, and have it computed again in the backward, as the contender says."""
     for index, layer in enumerate(layers):
         if contender.compiled:
-            layer.compile()
+            # The function, not the module: hooks, which shard and unshard, stay outside.
+            layer.forward = torch.compile(layer.forward)
         if contender.recompute:
             layers[index] = checkpoint_wrapper(layer)
