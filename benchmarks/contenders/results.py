@@ -18,9 +18,10 @@ Row = dict[str, Any]
 def tolerance(bf16: bool, dropout: float) -> float:
     """How far losses of the first steps may be apart: by rounding, and by dropout, whose draws differ.
 
-    A loss of 11 that is computed in bf16 is rounded by up to 0.03, and weights in bf16 move it by 0.02.
+    A loss of 11 that is computed in bf16 is rounded by up to 0.03, and weights in bf16 move it by 0.02; norms, whose
+    weights are near 1, do not notice the first updates in bf16, which adds to that with every step.
     """
-    return (0.05 if bf16 else 1e-4) + (0.05 if dropout else 0.0)
+    return (0.1 if bf16 else 1e-4) + (0.05 if dropout else 0.0)
 
 
 def check_losses(rows: Sequence[Row], allowed: float) -> bool:

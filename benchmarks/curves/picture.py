@@ -14,7 +14,7 @@ def draw(curves: Mapping[str, Sequence[float]], faint: Sequence[str]) -> str:
     """The curves, from step 1 on; those named in `faint` are drawn thin and grey, behind the others."""
     steps = max(len(values) for values in curves.values())
     every = [value for values in curves.values() for value in values]
-    low, high = math.floor(min(every)), math.ceil(max(every))
+    low, high = math.floor(2 * min(every)) / 2, math.ceil(2 * max(every)) / 2
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"',
         ' font-family="sans-serif" font-size="12">',
@@ -33,12 +33,14 @@ def draw(curves: Mapping[str, Sequence[float]], faint: Sequence[str]) -> str:
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def _axes(steps: int, low: int, high: int) -> Iterator[str]:
+def _axes(steps: int, low: float, high: float) -> Iterator[str]:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    for value in range(low, high + 1, max(1, (high - low) // 8)):
+    every = 0.5 if high - low <= 4 else 1.0
+    for index in range(int((high - low) / every) + 1):
+        value = low + index * every
         y = _y(value, low, high)
         yield f'<line x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e4e4"/>'
-        yield f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value}</text>'
+        yield f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
     for step in range(0, steps + 1, max(1, steps // 10)):
         yield f'<text x="{_x(step, steps):.1f}" y="{bottom + 18}" text-anchor="middle">{step}</text>'
     yield f'<line x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="black"/>'

@@ -17,8 +17,9 @@ LABELLED, SHOWN, REPLACED = 0.15, 0.1, 0.1
 class Grammar:
     """Two grammars over `words` words: in each, a word is followed by one of a few, with fixed probabilities.
 
-    A sample is `[CLS] A [SEP] B [SEP]`. B is in A's grammar (next_sentence_label 0) or in the other (1). First words
-    have probabilities that fall as 1 / rank, as in text.
+    A sample is `[CLS] A [SEP] B [SEP]`. B is in A's grammar (next_sentence_label 0) or in the other (1). In each
+    grammar frequencies of words fall about as 1 / rank, as in text, and each has an order of its own: so there is
+    something to learn from single words, from the words around, and from their order.
     """
 
     words: int
@@ -44,8 +45,7 @@ class Grammar:
     def _sentences(self, grammars: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
         """One sentence in each of `grammars`: `[samples, length]`."""
         followers = self._followers()
-        start = 1.0 / torch.arange(1, self.words + 1)
-        word = torch.multinomial(start, len(grammars), replacement=True, generator=generator)
+        word = torch.multinomial(self._frequencies(), len(grammars), replacement=True, generator=generator)
         choices = torch.multinomial(
             torch.tensor(self.weights), len(grammars) * length, replacement=True, generator=generator
         ).view(length, -1)
@@ -58,7 +58,13 @@ class Grammar:
     def _followers(self) -> torch.Tensor:
         """Words that follow each word in each grammar: `[2, words, choices]`."""
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randint(0, self.words, (2, self.words, len(self.weights)), generator=generator)
+        count = 2 * self.words * len(self.weights)
+        ranks = torch.multinomial(self._frequencies(), count, replacement=True, generator=generator).view(2, -1)
+        orders = torch.stack([torch.randperm(self.words, generator=generator) for _ in range(2)])
+        return orders.gather(1, ranks).view(2, self.words, len(self.weights))
+
+    def _frequencies(self) -> torch.Tensor:
+        return 1.0 / torch.arange(1, self.words + 1)
 
     def _hide(self, words: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Words as the model sees them, and labels: the words to be found, -100 elsewhere."""
