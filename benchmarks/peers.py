@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from typing import Any
 
 import torch
 from common import versions
-from contenders.launch import run_contender, run_limited, torchrun, worker_environment
+from contenders.launch import device_name, nvidia_smi, run_contender, run_limited, torchrun, worker_environment
 from contenders.presets import PRESETS, Contender, Preset
 from contenders.results import check_losses, tolerance, write
 from contenders.soak import run_soak
@@ -57,7 +56,13 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=["bf16", "fp32"], help="default: bf16 on GPUs, fp32 on CPUs")
     add("--no-direct-links", action="store_true", help="NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 for all contenders")
     add("--limit", type=float, metavar="SECONDS", help="for one contender; default: the preset's")
-    add("--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no contender that could end later")
+    add(
+        "--budget",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="for all; the last get less, or none",
+    )
     add("--no-doctor", action="store_true", help="do not measure devices and links before this project plans")
     add("--soak", type=int, metavar="STEPS", help="no comparison: so many steps of many plans at once")
     add("--output", type=Path, help="NAME of NAME.json and NAME.md")
@@ -161,22 +166,14 @@ def describe(options: argparse.Namespace, environment: dict[str, str]) -> dict[s
         "title": f"{options.model}, {options.precision}, dropout {options.dropout:g}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "devices": options.devices,
-        "device": torch.cuda.get_device_name() if gpu else "CPU process",
-        "device_memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if gpu else None,
+        "device": device_name(options.device),
+        "gpus": nvidia_smi("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader") if gpu else "",
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else None,
         "links": "direct links off" if options.no_direct_links else "links as they are",
-        "topology": _output("nvidia-smi", "topo", "-m") if gpu else "",
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else "",
+        "topology": nvidia_smi("topo", "-m") if gpu else "",
         "cores": os.cpu_count(),
         "environment": {name: value for name, value in sorted(environment.items()) if name.startswith(kept)},
     }
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,21 @@ def worker_environment(device: str, devices: int, direct_links: bool) -> dict[st
     return environment
 
 
+def nvidia_smi(*words: str) -> str:
+    """What it prints. Asking torch instead would keep memory of the first GPU for as long as this process lives."""
+    try:
+        return subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+
+
+def device_name(device: str) -> str:
+    """Name of the devices that contenders run on."""
+    if device == "cpu":
+        return "CPU process"
+    return nvidia_smi("--query-gpu=name", "--format=csv,noheader").partition("\n")[0] or "GPU"
+
+
 def run_limited(
     command: Sequence[str], environment: Mapping[str, str], limit_s: float, folder: Path
 ) -> tuple[bool, str]:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from common import versions
 
-from contenders.launch import run_limited, torchrun
+from contenders.launch import device_name, run_limited, torchrun
 from contenders.work import Batch, Model, adamw, blank, fill_all, make_batch, part
 from rannc_hf.capture import Graph
 from rannc_hf.config import RanncConfig
@@ -92,7 +92,7 @@ def run_soak(
     about: dict[str, Any] = {
         **versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU process",
+        "device": device_name(device),
         "devices": devices,
         "environment": {k: v for k, v in sorted(environment.items()) if k.startswith(("NCCL", "TORCH_", "GLOO_"))},
         "seconds": round(time.monotonic() - started, 1),

@@ -17,7 +17,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -61,7 +61,7 @@ class Spec:
         return cls(**data | {"model": Model(**data["model"]), "contender": Contender(**data["contender"])})
 
 
-def main() -> int:
+def main() -> NoReturn:
     path = Path(sys.argv[1])
     rank = int(os.environ["RANK"])
     spec = Spec.load(path)
@@ -74,11 +74,9 @@ def main() -> int:
         result = {"outcome": _outcome(error), "problem": str(error).strip() or repr(error), "traceback": trace}
         print(trace, file=sys.stderr, flush=True)
     (path.parent / f"rank{rank}.json").write_text(json.dumps(result))
-    # No orderly end after a failure: the other ranks may wait for this one for ever, and torchrun ends them.
-    if result["outcome"] != DONE:
-        os._exit(1)
-    dist.destroy_process_group()
-    return 0
+    sys.stdout.flush()
+    # No orderly end: after a failure the other ranks may wait for this one for ever, and torchrun ends them.
+    os._exit(0 if result["outcome"] == DONE else 1)
 
 
 def _start(spec: Spec, rank: int) -> Place:
@@ -106,6 +104,8 @@ def _measure(spec: Spec, place: Place) -> dict[str, Any]:
         _synchronize(place.device)
         seconds.append(time.perf_counter() - begin)
         losses.append(loss)
+    # No rank ends while another still waits for it.
+    _together(place.device)
     return {
         "outcome": DONE,
         "step_s": seconds[spec.warmup :],
@@ -147,4 +147,4 @@ def _outcome(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
