@@ -67,7 +67,7 @@ class Task:
 
 TASKS = {
     "tiny": Task(
-        Model(layers=3, hidden=64, heads=2, length=24, vocabulary=64), words=32, samples=30, learning_rate=2e-3
+        Model(layers=3, hidden=32, heads=2, length=24, vocabulary=64), words=32, samples=22, learning_rate=3e-3
     ),
     "large": Task(Model(layers=24, hidden=1024, heads=16, length=128), words=512, samples=62, learning_rate=1e-4),
 }

@@ -16,6 +16,7 @@ and NAME.md after every contender. The exit status is 1 where losses show that c
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -56,13 +57,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=["bf16", "fp32"], help="default: bf16 on GPUs, fp32 on CPUs")
     add("--no-direct-links", action="store_true", help="NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 for all contenders")
     add("--limit", type=float, metavar="SECONDS", help="for one contender; default: the preset's")
-    add(
-        "--budget",
-        type=float,
-        default=float("inf"),
-        metavar="SECONDS",
-        help="for all; the last get less, or none",
-    )
+    add("--budget", type=float, default=math.inf, metavar="SECONDS", help="for all; the last get less, or none")
     add("--no-doctor", action="store_true", help="do not measure devices and links before this project plans")
     add("--soak", type=int, metavar="STEPS", help="no comparison: so many steps of many plans at once")
     add("--output", type=Path, help="NAME of NAME.json and NAME.md")
@@ -91,6 +86,8 @@ def main(words: Sequence[str] | None = None) -> int:
     options = arguments(words)
     preset = PRESETS[options.model]
     contenders = chosen(preset, options.plan, options.devices, options.contenders)
+    if not contenders:
+        raise SystemExit(f"no contender matches {options.contenders}; --list prints their names")
     if options.list:
         print(*(contender.name for contender in contenders), sep="\n")
         return 0
@@ -135,7 +132,10 @@ def compare(
         else:
             row = skipped(contender, options.devices)
         rows.append(row)
-        print(f"{row['name']}: {row['outcome']}, {row.get('samples_per_s', 0):.1f} samples/s {row['problem'][:200]}")
+        print(
+            f"{row['name']}: {row['outcome']}, {row.get('samples_per_s', 0):.1f} samples/s {row['problem'][:200]}",
+            flush=True,
+        )
         same = check_losses(rows, allowed)
         page = write(options.output, about, rows, allowed)
     print(page)
