@@ -76,7 +76,7 @@ def train_one(
 )
 def test_processes_equal_plain_training(runs: list[Run]):
     ranks = sum(runs[0][1])
-    results = run_ranks(train_and_evaluate, ranks, runs, 3, timeout_s=200)
+    results = run_ranks(train_and_evaluate, ranks, runs, 3, timeout_s=300)
     for (name, *_), of_ranks in zip(runs, zip(*results)):
         case = CASES[name]
         result = merge([r for r, _, _ in of_ranks])
