@@ -42,6 +42,12 @@ class GlobalBatch:
     def samples(self) -> int:
         return sum(self.shards)
 
+    @property
+    def tokens(self) -> int:
+        """Positions of the token ids, padding included; 0 where there are none."""
+        ids = self.fields.get("input_ids")
+        return ids.numel() if isinstance(ids, torch.Tensor) else 0
+
     def first(self, rank: int) -> int:
         """Index of the first sample of `rank`."""
         return sum(self.shards[:rank])

@@ -17,6 +17,7 @@ from rannc_hf.engine import state
 from rannc_hf.engine.batch import Gatherer, GlobalBatch
 from rannc_hf.engine.deferred import refuse_unknown
 from rannc_hf.engine.lengths import Lengths
+from rannc_hf.engine.meter import Meter
 from rannc_hf.engine.optimizer import OptimizerMap
 from rannc_hf.engine.outputs import evaluation_output, training_output
 from rannc_hf.engine.parameters import ParameterStore
@@ -75,6 +76,7 @@ class RanncModel(nn.Module):
         self._on_plan = on_plan
         self.graph: Graph | None = None
         self.store: ParameterStore | None = None
+        self.meter = Meter()
         self.optimizers = OptimizerMap(dict(module.named_parameters()))
         model_config = getattr(module, "config", None)
         self._gatherer = Gatherer(
@@ -99,10 +101,15 @@ class RanncModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The loss (training) or all outputs (evaluation) for this rank's shard of the global batch. Collective."""
+        if self.training:
+            self.meter.begin()
+        else:
+            self.meter.end()
         gathered = self._gather(args, kwargs, self.training and not torch.is_grad_enabled())
         if self.plan is None:
             self._partition(gathered)
         assert self.store is not None
+        known = len(self._runtimes)
         runtime = self._runtime(gathered)
         self.store.refresh()
         self._steps += 1
@@ -112,6 +119,7 @@ class RanncModel(nn.Module):
                 own = self._lengths.unpad(outputs, gathered, runtime.graph)
                 return evaluation_output(runtime.graph, own)
             loss = runtime.train(gathered, self._steps)
+        self.meter.ran(gathered.samples, gathered.tokens, loss, steady=len(self._runtimes) == known)
         self._unpublished = self._steps
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         return training_output(runtime.graph, _Publish.apply(anchor, loss, self, self._steps))

@@ -24,6 +24,7 @@ from rannc_hf.engine.deferred import materialize
 from rannc_hf.integrations.deferred import defer_models
 from rannc_hf.integrations.refusals import refuse, unsupported_caller, unsupported_processes, unsupported_settings
 from rannc_hf.report.console import print_plan
+from rannc_hf.report.figures import Figures
 
 _COMPUTE_DTYPES = {"no": None, "bf16": torch.bfloat16}
 
@@ -147,6 +148,13 @@ class RanncAccelerator(Accelerator):
                 "part in every step; remove it, accelerate's data loaders give every process equally many batches"
             )
         return super().join_uneven_inputs(joinables, even_batches)
+
+    def rannc_figures(self) -> dict[str, float]:
+        """What `rannc_hf.report.figures.Figures` knows of the partitioned model at this time: for `accelerator.log`.
+
+        {} before the first batch. Not collective: memory is that of this process.
+        """
+        return Figures(self._partitioned[0]).now() if self._partitioned else {}
 
     # Saving
 
