@@ -20,14 +20,22 @@ def plain_context() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(autocast_off())
         if torch.get_default_device() != torch.device("cpu"):
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(warnings.catch_warnings())
         # Export's advice about tensors that modules keep as plain attributes: the model is restored afterwards.
         warnings.filterwarnings("ignore", "The tensor attribute")
+        yield
+
+
+@contextlib.contextmanager
+def autocast_off() -> Iterator[None]:
+    """Turn autocast off where the caller has turned it on."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 

@@ -55,6 +55,8 @@ class Step:
     """Global counts by placeholder, for each microbatch."""
     number: int
     train: bool
+    scale: torch.Tensor | None = None
+    """Gradient of the loss that the backwards start with; None for 1."""
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     """This replica's share of the loss of each microbatch (on the stage that computes it)."""
     arrivals: dict[Slot, list[_Arrival]] = field(default_factory=dict)
@@ -126,7 +128,8 @@ class Executor:
             gradients[name] = part if sum_ is None else sum_ + part
         if stage == self._loss_stage:
             assert self._loss is not None
-            gradients[self._loss] = torch.ones_like(step.losses[index])
+            loss = step.losses[index]
+            gradients[self._loss] = torch.ones_like(loss) if step.scale is None else step.scale.to(loss.dtype)
         step.input_gradients[instruction.slot] = step.compute[stage][index].backward(index, gradients)
 
     def _reduce_gradients(self, instruction: Instruction, step: Step) -> None:

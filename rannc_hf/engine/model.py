@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rannc_hf.capture import Graph
+from rannc_hf.capture.ambient import autocast_off
 from rannc_hf.capture.export import bind_arguments
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import state
@@ -44,7 +45,11 @@ class RanncModel(nn.Module):
             under `deferred_init` get memory only on the ranks that own them.
         config: options of planning and training.
         device: where this rank computes.
-        compute_dtype: dtype of the copies of the parameters that the model computes with (bf16); None for their own.
+        compute_dtype: dtype of the copies of the parameters that the model computes with (bf16, fp16); None for their
+            own.
+        loss_scale: called before each training step; what the loss is multiplied by while the pipeline runs backward,
+            a scalar on the device, the same on all ranks. In fp16 small gradients become 0 without. It is the caller's
+            to multiply the loss by it again before `loss.backward()`: what the parameters get is scaled as that is.
         transport: connections between ranks; None for those of torch.distributed.
         planner: makes the plan from the graph and the size of the global batch; None for the config's file or search.
         on_plan: called on rank 0 when the plan has been chosen, e.g. to print it.
@@ -63,6 +68,7 @@ class RanncModel(nn.Module):
         transport: Transport | None = None,
         planner: Callable[[Graph, int], Plan] | None = None,
         on_plan: Callable[[Plan, Graph], None] | None = None,
+        loss_scale: Callable[[], torch.Tensor] | None = None,
     ) -> None:
         refuse_unknown(module)
         super().__init__()
@@ -74,6 +80,7 @@ class RanncModel(nn.Module):
         self.plan: Plan | None = None
         self._planner = planner
         self._on_plan = on_plan
+        self._loss_scale = loss_scale
         self.graph: Graph | None = None
         self.store: ParameterStore | None = None
         self.meter = Meter()
@@ -92,6 +99,7 @@ class RanncModel(nn.Module):
         self._planned_key: Any = None
         self._steps = 0
         self._unpublished: int | None = None
+        self._held_scale: torch.Tensor | None = None
         self.training = module.training
 
     @property
@@ -99,6 +107,7 @@ class RanncModel(nn.Module):
         """Whether the first batch has come and the parameters are placed."""
         return self.plan is not None
 
+    @autocast_off()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The loss (training) or all outputs (evaluation) for this rank's shard of the global batch. Collective."""
         if self.training:
@@ -118,7 +127,8 @@ class RanncModel(nn.Module):
                 outputs = runtime.evaluate(gathered, self._steps)
                 own = self._lengths.unpad(outputs, gathered, runtime.graph)
                 return evaluation_output(runtime.graph, own)
-            loss = runtime.train(gathered, self._steps)
+            self._held_scale = self._gradient_scale()
+            loss = runtime.train(gathered, self._steps, self._held_scale)
         self.meter.ran(gathered.samples, gathered.tokens, loss, steady=len(self._runtimes) == known)
         self._unpublished = self._steps
         anchor = torch.zeros((), device=self.device, requires_grad=True)
@@ -154,7 +164,15 @@ class RanncModel(nn.Module):
             )
         assert self.store is not None
         self._unpublished = None
-        self.store.publish(scale)
+        self.store.publish(scale if self._held_scale is None else scale / self._held_scale)
+
+    def _gradient_scale(self) -> torch.Tensor | None:
+        """What the gradients of this step are multiplied by until they are published; None for 1."""
+        if self._loss_scale is None:
+            return None
+        # Under DDP each rank scales the mean over its own samples, and the average over ranks is taken in fp32. The
+        # mean over all samples gives gradients smaller by the number of ranks: so much sooner they would become 0.
+        return self._loss_scale().to(self.device, torch.float32) * self.transport.world_size
 
     # -- partition -----------------------------------------------------------------------------------------------
 

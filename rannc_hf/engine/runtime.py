@@ -76,8 +76,11 @@ class Runtime:
             opened |= output_channels(program, transport.world_size)
         transport.open(opened, store.reduce_groups)
 
-    def train(self, batch: GlobalBatch, number: int) -> torch.Tensor:
-        """Forward and backward of the whole batch; the global loss, equal on all ranks. Gradients are not published."""
+    def train(self, batch: GlobalBatch, number: int, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Forward and backward of the whole batch; the global loss, equal on all ranks. Gradients are not published.
+
+        scale: what the gradients, and not the loss, are multiplied by; None for 1.
+        """
         replicas = max(s.replicas for s in self.plan.stages)
         sizes = microbatch_sizes(batch.samples, self.plan.batch_size, self.plan.microbatches, replicas)
         microbatches = _consecutive(sizes)
@@ -88,7 +91,8 @@ class Runtime:
             stage: variants.for_training(batch.unpadded, self._preparation.spans(stage, sizes), part)
             for stage, variants in self._variants.items()
         }
-        step = Step(compute, microbatches, inputs, batched, [counts] * len(microbatches), number, train=True)
+        everyone = [counts] * len(microbatches)
+        step = Step(compute, microbatches, inputs, batched, everyone, number, train=True, scale=scale)
         self.store.begin_step()
         self.executor.run(self._instructions(sizes), step)
         self._compilation.active = True

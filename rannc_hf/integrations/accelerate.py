@@ -21,12 +21,13 @@ from torch import nn
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine.deferred import materialize
+from rannc_hf.engine.scaler import LossScaler
 from rannc_hf.integrations.deferred import defer_models
 from rannc_hf.integrations.refusals import refuse, unsupported_caller, unsupported_processes, unsupported_settings
 from rannc_hf.report.console import print_plan
 from rannc_hf.report.figures import Figures
 
-_COMPUTE_DTYPES = {"no": None, "bf16": torch.bfloat16}
+_COMPUTE_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class RanncAccelerator(Accelerator):
@@ -55,6 +56,11 @@ class RanncAccelerator(Accelerator):
         refuse(unsupported_settings(given, os.environ))
         super().__init__(*args, **kwargs)
         refuse(unsupported_processes(self.distributed_type.value, self.device, os.environ))
+        if self.mixed_precision == "fp16":
+            options = self.scaler_handler.to_kwargs() if self.scaler_handler is not None else {}
+            self.scaler = LossScaler(self.device.type, **options)
+            # On a CPU accelerate alone would compute in fp32.
+            self.native_amp = True
 
     # Preparation
 
@@ -72,16 +78,29 @@ class RanncAccelerator(Accelerator):
             materialize(model)
             return super().prepare_model(model, device_placement, evaluation_mode=True)
         self._refuse_model(model)
-        dtype = _COMPUTE_DTYPES[self.state.mixed_precision]
-        return self._keep(RanncModel(model, self.rannc, device=self.device, compute_dtype=dtype, on_plan=print_plan))
+        wrapped = RanncModel(
+            model,
+            self.rannc,
+            device=self.device,
+            compute_dtype=_COMPUTE_DTYPES[self.mixed_precision],
+            on_plan=print_plan,
+            loss_scale=None if self.scaler is None else self._loss_scale,
+        )
+        return self._keep(wrapped)
 
     def _keep(self, model: RanncModel) -> RanncModel:
         if model not in self._models:
             model._is_accelerate_prepared = True  # type: ignore[assignment]
             self._models.append(model)
+            if self.scaler is not None:
+                self.scaler.transport = model.transport
             for optimizer in self._optimizers:
                 self._connect(optimizer)
         return model
+
+    def _loss_scale(self) -> torch.Tensor:
+        """What `backward` will multiply the loss by."""
+        return self.scaler.current(self.device) / self.gradient_accumulation_steps
 
     def _refuse_model(self, model: nn.Module) -> None:
         if is_compiled_module(model):
@@ -120,6 +139,7 @@ class RanncAccelerator(Accelerator):
         model = self._model_of(parameters := _as_list(parameters))
         if model is None:
             return super().clip_grad_norm_(parameters, max_norm, norm_type)
+        self.unscale_gradients()
         return model.clip_grad_norm_(max_norm, norm_type)
 
     def clip_grad_value_(self, parameters: nn.Parameter | Iterable[nn.Parameter], clip_value: float) -> None:
@@ -128,6 +148,7 @@ class RanncAccelerator(Accelerator):
         if model is None:
             super().clip_grad_value_(parameters, clip_value)
         else:
+            self.unscale_gradients()
             model.clip_grad_value_(clip_value)
 
     @staticmethod

@@ -56,13 +56,10 @@ def unsupported_settings(arguments: Mapping[str, Any], environ: Mapping[str, str
 
 
 def _precision_reasons(precision: str) -> list[str]:
-    if precision == "fp16":
-        return [
-            '`mixed_precision` "fp16" needs a loss scaler that spans all stages, which is not available yet; '
-            'use "bf16" or "no"'
-        ]
     if precision == "fp8":
-        return ['`mixed_precision` "fp8" replaces layers of the model, which RaNNC has to cut; use "bf16" or "no"']
+        return [
+            '`mixed_precision` "fp8" replaces layers of the model, which RaNNC has to cut; use "bf16", "fp16" or "no"'
+        ]
     return []
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
+from rannc_hf.engine.scaler import LossScaler
 from rannc_hf.engine.scaling import multiply
 from rannc_hf.engine.transport import LocalWorld, Transport
 from tests.parity.harness import (
@@ -108,6 +110,46 @@ def test_bfloat16_with_dropout_repeats():
     assert kept[0] == again[0]
     assert again == pytest.approx(kept, rel=2e-3)
     assert kept[-1] < kept[0]
+
+
+def test_float16_trains_by_the_loss_scale():
+    """The scale begins too high: steps are skipped on both ranks alike until gradients are finite."""
+    model = CASES["bert"].model(torch.float32)
+    batch = {k: v.cuda() for k, v in CASES["bert"].batch_as(8, torch.float32).items()}
+    device = torch.device("cuda", 0)
+
+    def run(transport: Transport) -> tuple[list[float], list[float]]:
+        own, scaler = copy.deepcopy(model), LossScaler("cuda", init_scale=2.0**26, growth_interval=4)
+        scaler.transport = transport
+        wrapped = RanncModel(
+            own,
+            RanncConfig(),
+            device=device,
+            compute_dtype=torch.float16,
+            transport=transport,
+            planner=planner((1, 1), 2),
+            loss_scale=lambda: scaler.current(device),
+        )
+        optimizer = torch.optim.AdamW(own.parameters(), lr=1e-3, eps=1e-5, fused=True)
+        wrapped.register_optimizer(optimizer)
+        losses, scales = [], []
+        for _ in range(40):
+            loss = wrapped(**shards(batch, 2)[transport.rank]).loss
+            scales.append(scaler.get_scale())
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses, scales
+
+    (losses, scales), (others, scales_there) = LocalWorld(2).run(run)
+    assert losses == others and scales == scales_there
+    skipped = next(i for i, (a, b) in enumerate(itertools.pairwise(scales)) if b >= a)
+    assert skipped >= 2 and losses[0] == losses[skipped] != losses[skipped + 1], "the first steps change nothing"
+    assert losses[-1] < losses[0]
+    exact = plain(model, batch, 1).losses[0]
+    assert losses[0] == pytest.approx(exact, rel=1e-2)
 
 
 def test_recomputed_blocks_have_the_gradients_of_kept_ones():

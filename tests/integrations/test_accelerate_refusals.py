@@ -29,9 +29,8 @@ pytestmark = pytest.mark.usefixtures("environment")
         ({"parallelism_config": object()}, {}, "ParallelismConfig is another way"),
         ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP is another way.*`ACCELERATE_USE_FSDP`"),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is another way"),
-        ({"mixed_precision": "fp16"}, {}, "fp16.*loss scaler.*bf16"),
         ({"mixed_precision": "fp8"}, {}, "fp8"),
-        ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16.*loss scaler.*bf16"),
+        ({}, {"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8.*fp16"),
         ({"dynamo_backend": "inductor"}, {}, "torch.compile"),
         ({"dynamo_plugin": TorchDynamoPlugin(backend="inductor")}, {}, "torch.compile"),
         ({}, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "torch.compile"),
@@ -55,7 +54,7 @@ def test_settings(environment, arguments, environ, reason):
 def test_all_reasons_at_once_and_by_position(environment):
     environment["ACCELERATE_USE_FSDP"] = "true"
     with pytest.raises(ValueError) as error:
-        RanncAccelerator(True, False, "fp16", dynamo_backend="inductor")
+        RanncAccelerator(True, False, "fp8", dynamo_backend="inductor")
     assert str(error.value).count("\n  - ") == 3
 
 

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradScalerKwargs
 from safetensors.torch import load_file
 from torch import nn
 
@@ -112,6 +113,46 @@ def test_bf16_computes_in_bf16_and_gives_fp32():
     model.eval()
     with torch.no_grad():
         assert model(batch["inputs"])["outputs"].dtype == torch.float32
+
+
+def test_fp16_skips_steps_that_overflow():
+    """In the first steps the loss scale is too high: neither weights nor the learning rate change."""
+    accelerator = RanncAccelerator(
+        mixed_precision="fp16", kwargs_handlers=[GradScalerKwargs(init_scale=2.0**22, growth_interval=2)]
+    )
+    inner = Regression()
+    optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    model, optimizer, scheduler = accelerator.prepare(inner, optimizer, scheduler)
+    assert model.compute_dtype == torch.float16
+    (batch,) = batches(1)
+    plain = Regression()
+    nn.functional.mse_loss(plain(batch["inputs"])["outputs"], batch["targets"]).backward()
+    exact = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1e9)
+    record = []
+    for _ in range(12):
+        with accelerator.autocast():
+            loss = model(**batch)["loss"]
+        assert loss.dtype == torch.float32
+        before, rate, scale = inner.first.weight.clone(), scheduler.get_last_lr()[0], accelerator.scaler.get_scale()
+        accelerator.backward(loss)
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        norm = accelerator.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        skipped = accelerator.optimizer_step_was_skipped
+        if not skipped and True not in record:
+            assert norm.item() == pytest.approx(exact.item(), rel=1e-2), (
+                "gradients are unscaled before they are clipped"
+            )
+        assert norm.isfinite() != skipped
+        assert torch.equal(inner.first.weight, before) == skipped
+        assert scheduler.get_last_lr()[0] == (rate if skipped else rate / 2)
+        after = accelerator.scaler.get_scale()
+        assert after == scale / 2 if skipped else after in (scale, 2 * scale)
+        record.append(not skipped)
+    assert record[:2] == [False, False] and record.count(True) >= 3
 
 
 def test_saving(tmp_path):
