@@ -83,6 +83,12 @@ class RanncConfig:
     compile: Literal["auto"] | bool = "auto"
     """Whether blocks are compiled by `torch.compile`, once for all that are equal. "auto": on GPUs with Triton."""
 
+    log: str | None = None
+    """Path of a file to which rank 0 appends a line of JSON a training step: loss, time, rates, memory. None: none."""
+
+    progress: Literal["auto"] | bool = "auto"
+    """Whether rank 0 prints such lines for people. "auto": on a terminal, while the script draws no progress bar."""
+
     plan_output: str | None = None
     """Path to which rank 0 writes the plan in use as JSON. None: it is not written."""
 
@@ -109,7 +115,7 @@ class RanncConfig:
     """Seed of the random streams of dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("plan", "plan_output"):
+        for name in ("plan", "plan_output", "log"):
             value = getattr(self, name)
             if isinstance(value, Path):
                 object.__setattr__(self, name, str(value))
@@ -124,8 +130,9 @@ class RanncConfig:
         _check_choice("shard", self.shard, _SHARD)
         if not isinstance(self.deferred_init, bool):
             _refuse("deferred_init", self.deferred_init, "true or false")
-        if self.compile != "auto" and not isinstance(self.compile, bool):
-            _refuse("compile", self.compile, 'true, false or "auto"')
+        for name in ("compile", "progress"):
+            if (value := getattr(self, name)) != "auto" and not isinstance(value, bool):
+                _refuse(name, value, 'true, false or "auto"')
         _check_choice("costs", self.costs, _COSTS)
         object.__setattr__(self, "timeout_s", _positive("timeout_s", self.timeout_s))
         if self.memory_limit_gib != "auto":

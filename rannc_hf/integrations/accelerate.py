@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Never
 
 import torch
 from accelerate.accelerator import Accelerator
-from accelerate.utils import is_compiled_module
+from accelerate.utils import is_compiled_module, release_memory
 from torch import nn
 
 from rannc_hf.config import RanncConfig
@@ -23,9 +24,17 @@ from rannc_hf.engine import RanncModel
 from rannc_hf.engine.deferred import materialize
 from rannc_hf.engine.scaler import LossScaler
 from rannc_hf.integrations.deferred import defer_models
-from rannc_hf.integrations.refusals import refuse, unsupported_caller, unsupported_processes, unsupported_settings
+from rannc_hf.integrations.refusals import (
+    refuse,
+    unsupported_caller,
+    unsupported_object,
+    unsupported_optimizer,
+    unsupported_processes,
+    unsupported_settings,
+)
 from rannc_hf.report.console import print_plan
 from rannc_hf.report.figures import Figures
+from rannc_hf.report.steplog import StepLog, open_log
 
 _COMPUTE_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,6 +65,8 @@ class RanncAccelerator(Accelerator):
         refuse(unsupported_settings(given, os.environ))
         super().__init__(*args, **kwargs)
         refuse(unsupported_processes(self.distributed_type.value, self.device, os.environ))
+        self._figures: Figures | None = None
+        self._step_log: StepLog | None = None
         if self.mixed_precision == "fp16":
             options = self.scaler_handler.to_kwargs() if self.scaler_handler is not None else {}
             self.scaler = LossScaler(self.device.type, **options)
@@ -63,6 +74,11 @@ class RanncAccelerator(Accelerator):
             self.native_amp = True
 
     # Preparation
+
+    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
+        """As in accelerate. Raises ValueError for what stands for an object of another way to train."""
+        refuse(reason for given in args for reason in unsupported_object(given))
+        return super().prepare(*args, device_placement=device_placement)
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
@@ -94,6 +110,8 @@ class RanncAccelerator(Accelerator):
             self._models.append(model)
             if self.scaler is not None:
                 self.scaler.transport = model.transport
+            self._figures = Figures(model)
+            self._step_log = open_log(model, sys.stderr) if self.is_main_process else None
             for optimizer in self._optimizers:
                 self._connect(optimizer)
         return model
@@ -128,6 +146,7 @@ class RanncAccelerator(Accelerator):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for model in self._partitioned:
             if model.owns_any(parameters):
+                refuse(unsupported_optimizer(optimizer))
                 model.register_optimizer(optimizer)
 
     # Training
@@ -175,7 +194,30 @@ class RanncAccelerator(Accelerator):
 
         {} before the first batch. Not collective: memory is that of this process.
         """
-        return Figures(self._partitioned[0]).now() if self._partitioned else {}
+        return self._figures.now() if self._figures is not None else {}
+
+    # Ending
+
+    def free_memory(self, *objects: Any) -> list[Any]:
+        """As in accelerate: another model can be prepared then. What the engine held of the first goes with it."""
+        self._close_log()
+        self._figures = None
+        if self.scaler is not None:
+            self.scaler.transport = None
+        released: list[Any] = super().free_memory(*objects)
+        # accelerate looks for garbage before it lets go of the models, which refer to themselves.
+        release_memory()
+        return released
+
+    def end_training(self) -> None:
+        """As in accelerate; the last step is logged."""
+        self._close_log()
+        super().end_training()
+
+    def _close_log(self) -> None:
+        if self._step_log is not None:
+            self._step_log.close()
+            self._step_log = None
 
     # Saving
 

@@ -17,6 +17,15 @@ _PLUGINS = {
         "ACCELERATE_USE_PARALLELISM_CONFIG",
     ),
 }
+_DUMMIES = {
+    "DummyOptim": "DeepSpeed",
+    "DummyScheduler": "DeepSpeed",
+    "MegatronLMDummyDataLoader": "Megatron-LM",
+    "MegatronLMDummyScheduler": "Megatron-LM",
+}
+_IN_BACKWARD = {"Lomo", "AdaLomo"}
+_OVER_ALL_PARAMETERS = {"LBFGS", "Prodigy", "DAdaptAdam", "DAdaptSGD", "DAdaptAdaGrad", "DAdaptLion", "DAdaptAdan"}
+"""A line search, or a distance, over all parameters at once: on each process alone it would be another one."""
 _SET_MULTI_GPU = "set `distributed_type: MULTI_GPU` in the accelerate config"
 
 
@@ -89,6 +98,32 @@ def unsupported_processes(distributed_type: str, device: torch.device, environ: 
         return [f"`distributed_type` {distributed_type} is not supported; {_SET_MULTI_GPU}"]
     if device.type not in ("cpu", "cuda"):
         return [f"device {device.type!r} is not supported; use CUDA devices, or CPU with ACCELERATE_USE_CPU=true"]
+    return []
+
+
+def unsupported_object(given: Any) -> list[str]:
+    """Reasons against an object that was passed to `prepare`."""
+    name = type(given).__name__
+    if name in _DUMMIES:
+        return [
+            f"`{name}` leaves its work to {_DUMMIES[name]}; pass a plain optimizer, scheduler or data loader of torch"
+        ]
+    return []
+
+
+def unsupported_optimizer(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Reasons against an optimizer of the partitioned model."""
+    names = {kind.__name__ for kind in type(optimizer).__mro__}
+    if found := names & _IN_BACKWARD:
+        return [
+            f"{found.pop()} updates parameters within the backward, before gradients are added up over processes; "
+            "use another optimizer"
+        ]
+    if found := names & _OVER_ALL_PARAMETERS:
+        return [
+            f"{found.pop()} draws one quantity from the gradients of all parameters, of which each process has a part; "
+            "use an optimizer that treats each parameter by itself (Adam, SGD, Adafactor, ...)"
+        ]
     return []
 
 

@@ -11,6 +11,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     TorchDynamoPlugin,
 )
+from accelerate.utils.deepspeed import DummyOptim, DummyScheduler
 from torch import nn
 
 from rannc_hf import RanncAccelerator, RanncConfig, RanncModel
@@ -119,6 +120,34 @@ def test_checkpoints(tmp_path, name):
     with pytest.raises(ValueError, match=r"not available yet.*save_pretrained\(folder.*state_dict=accelerator.get_"):
         getattr(accelerator, name)(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stands_for_objects_of_others():
+    accelerator = RanncAccelerator()
+    parameters = list(nn.Linear(2, 2).parameters())
+    optimizer = DummyOptim(parameters)
+    for given, reason in [(optimizer, "`DummyOptim`.*DeepSpeed"), (DummyScheduler(optimizer), "`DummyScheduler`")]:
+        with pytest.raises(ValueError, match=reason):
+            accelerator.prepare(nn.Linear(2, 2), given)
+    assert accelerator._models == []
+
+
+@pytest.mark.parametrize("first", ["model", "optimizer"])
+def test_optimizers_that_look_at_all_parameters_at_once(first):
+    class Custom(torch.optim.LBFGS):
+        pass
+
+    class Lomo(torch.optim.SGD):
+        pass
+
+    for kind, reason in [(Custom, "LBFGS draws one quantity"), (Lomo, "Lomo updates parameters within the backward")]:
+        accelerator, model = RanncAccelerator(), nn.Linear(2, 2)
+        objects = (model, kind(model.parameters(), lr=0.1))
+        with pytest.raises(ValueError, match=reason):
+            accelerator.prepare(*(objects if first == "model" else objects[::-1]))
+    accelerator = RanncAccelerator()
+    other = nn.Linear(2, 2)
+    accelerator.prepare(nn.Linear(2, 2), torch.optim.LBFGS(other.parameters()))
 
 
 def test_ways_around_the_schedule():

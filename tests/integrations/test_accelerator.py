@@ -1,6 +1,9 @@
 """RanncAccelerator in one process: what scripts do with it, against accelerate's own."""
 
+import contextlib
 import itertools
+import json
+import weakref
 
 import pytest
 import torch
@@ -113,6 +116,77 @@ def test_bf16_computes_in_bf16_and_gives_fp32():
     model.eval()
     with torch.no_grad():
         assert model(batch["inputs"])["outputs"].dtype == torch.float32
+
+
+def test_autocast_around_the_model_changes_nothing():
+    results = []
+    surrounds = (
+        lambda accelerator: contextlib.nullcontext(),
+        lambda accelerator: accelerator.autocast(),
+        lambda accelerator: torch.autocast("cpu"),
+    )
+    for surround in surrounds:
+        accelerator = RanncAccelerator(mixed_precision="bf16")
+        model = accelerator.prepare(Regression())
+        (batch,) = batches(1)
+        with surround(accelerator):
+            loss = model(**batch)["loss"]
+        accelerator.backward(loss)
+        model.eval()
+        with torch.no_grad(), surround(accelerator):
+            outputs = model(batch["inputs"])["outputs"]
+        results.append([loss.detach(), outputs, *(p.grad for p in model.parameters())])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_nothing_of_a_model_stays_after_free_memory():
+    accelerator = RanncAccelerator(mixed_precision="fp16")
+    losses = []
+    for _ in range(2):
+        inner = Regression()
+        held = [weakref.ref(inner), *(weakref.ref(p) for p in inner.parameters())]
+        model, optimizer = accelerator.prepare(inner, torch.optim.SGD(inner.parameters(), lr=0.1))
+        for batch in batches(2):
+            loss = model(**batch)["loss"]
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        assert accelerator.rannc_figures() != {}
+        del inner, loss, batch, model, optimizer
+        accelerator.free_memory()
+        assert [ref() for ref in held] == [None] * len(held)
+        assert accelerator.rannc_figures() == {}
+    assert losses[0] == losses[1]
+
+
+def test_figures_and_a_line_a_step(tmp_path, capsys):
+    path = tmp_path / "logs" / "steps.jsonl"
+    accelerator = RanncAccelerator(rannc={"log": str(path), "progress": True})
+    inner = Regression()
+    model, optimizer = accelerator.prepare(inner, torch.optim.SGD(inner.parameters(), lr=0.1))
+    assert accelerator.rannc_figures() == {}
+    losses = []
+    for batch in batches(4):
+        loss = model(**batch)["loss"]
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert accelerator.rannc_figures().keys() >= {"predicted_step_ms", "step_ms", "samples_per_s"}
+    assert len(path.read_text().splitlines()) == 3, "the last step is still under way"
+    accelerator.end_training()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
+    assert all(line["step_ms"] > 0 for line in lines)
+    assert "step 1  loss " in capsys.readouterr().err
+
+
+def test_a_log_that_cannot_be_written(tmp_path):
+    with pytest.raises(ValueError, match=r"log='.*' cannot be written"):
+        RanncAccelerator(rannc={"log": str(tmp_path)}).prepare(Regression())
 
 
 def test_fp16_skips_steps_that_overflow():

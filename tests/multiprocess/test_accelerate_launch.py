@@ -60,6 +60,8 @@ def close(actual, expected):
         return actual.keys() == expected.keys() and all(close(actual[k], expected[k]) for k in expected)
     if isinstance(expected, list):
         return len(actual) == len(expected) and all(map(close, actual, expected))
+    if isinstance(expected, str):
+        return actual == expected
     return actual == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -86,6 +88,27 @@ def test_masked_language_model_with_accumulation_and_clipping(tmp_path):
     assert [entry.get("epoch") for entry in record["tracked"]] == [None, 0, 1]
     for name in ("pretrained", "saved"):
         same_weights(ours / name / "model.safetensors", ddp / name / "model.safetensors")
+
+
+def test_causal_language_model(tmp_path):
+    record, ddp, ours = train_both(tmp_path, "causal_lm.py", lambda folder: ["--output_dir", folder])
+    assert record["perplexities"][1] < record["perplexities"][0] and len(record["learning_rates"]) == 6
+    same_weights(ours / "model.safetensors", ddp / "model.safetensors")
+
+
+def test_image_classification(tmp_path):
+    record, ddp, ours = train_both(tmp_path, "image_classification.py", lambda folder: ["--output_dir", folder])
+    assert len(record["accuracies"]) == 3 and len(record["losses"]) == 12
+    assert sum(record["losses"][-4:]) < sum(record["losses"][:4])
+    same_weights(ours / "model.safetensors", ddp / "model.safetensors")
+
+
+def test_every_feature_of_a_training_loop(tmp_path):
+    record, ddp, ours = train_both(tmp_path, "features.py", lambda folder: [folder])
+    assert set(record) == {path.stem for path in ddp.glob("*.safetensors")} and len(record) == 9
+    assert all(record.values())
+    for name in record:
+        same_weights(ours / f"{name}.safetensors", ddp / f"{name}.safetensors")
 
 
 def test_saving_in_the_main_process_alone_is_an_error_at_once(tmp_path):
