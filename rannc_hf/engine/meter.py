@@ -28,9 +28,9 @@ class MeasuredStep:
     """From the beginning of its forward to that of the next, or of an evaluation."""
     steady: bool
     """Whether no graph was captured and nothing compiled in it."""
-    loss: torch.Tensor
-    """Over the global batch, on the device. The device has computed it when the next step begins, so reading it then
-    delays nothing."""
+    loss: torch.Tensor | None
+    """Over the global batch, on the device; None where the script computes it. The device has computed it when the next
+    step begins, so reading it then delays nothing."""
 
 
 class Meter:
@@ -45,7 +45,7 @@ class Meter:
         self._clock = clock
         self._steps = 0
         self._began: float | None = None
-        self._open: tuple[int, int, bool, torch.Tensor] | None = None
+        self._open: tuple[int, int, bool, torch.Tensor | None] | None = None
         self._recent: deque[MeasuredStep] = deque(maxlen=_REMEMBERED)
 
     def begin(self) -> None:
@@ -53,9 +53,9 @@ class Meter:
         self.end()
         self._began = self._clock()
 
-    def ran(self, samples: int, tokens: int, loss: torch.Tensor, steady: bool) -> None:
-        """The step that began has run forward and backward."""
-        self._open = (samples, tokens, steady, loss.detach())
+    def ran(self, samples: int, tokens: int, loss: torch.Tensor | None, steady: bool) -> None:
+        """The step that began has run its forward."""
+        self._open = (samples, tokens, steady, loss)
 
     def end(self) -> None:
         """Nothing more belongs to the step that began: an evaluation begins, or the training is over."""

@@ -285,6 +285,7 @@ class RanncModel(nn.Module):
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole state on the CPU of rank 0, an empty dict elsewhere. Collective."""
+        self.meter.end()
         if self.store is None:
             return state.whole(self.module) if self.transport.rank == 0 else {}
         return state.gather(self.module, self.store, self.transport)

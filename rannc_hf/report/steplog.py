@@ -60,7 +60,8 @@ class StepLog:
             file.write(text)
 
     def _write(self, step: MeasuredStep) -> None:
-        entry = {"step": float(step.number), "loss": float(step.loss), **self._figures.now(), **self._figures.of(step)}
+        loss = {"loss": float(step.loss)} if step.loss is not None else {}
+        entry = {"step": float(step.number), **loss, **self._figures.now(), **self._figures.of(step)}
         if self._path is not None:
             self._append(json.dumps({k: _json(v) for k, v in entry.items()}) + "\n")
         now = time.monotonic()
@@ -86,9 +87,10 @@ def open_log(model: RanncModel, console: TextIO) -> StepLog | None:
 
 def line(entry: dict[str, float]) -> str:
     """A step in short."""
-    parts = [f"step {entry['step']:.0f}", f"loss {entry['loss']:.4f}"]
+    parts = [f"step {entry['step']:.0f}", *([f"loss {entry['loss']:.4f}"] if "loss" in entry else [])]
     for name, unit, factor in _COLUMNS:
-        if name in entry:
+        # A small model on a CPU reaches millionths of a TFLOP/s, which say nothing.
+        if entry.get(name, 0.0) * factor >= 0.01:
             value = entry[name] * factor
             parts.append(f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}")
     return "  ".join(parts)

@@ -82,3 +82,4 @@ def test_the_file_is_appended_to_and_is_strict_json(tmp_path: Path):
 def test_a_line_in_short():
     entry = {"step": 7.0, "loss": 2.34567, "step_ms": 123.4, "samples_per_s": 1234.5, "mfu": 0.412}
     assert line(entry) == "step 7  loss 2.3457  123 ms  1,234 samples/s  41.2 % MFU"
+    assert line({"step": 8.0, "step_ms": 5.0, "tflops_per_device": 1e-6}) == "step 8  5 ms"
