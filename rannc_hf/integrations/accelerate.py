@@ -24,6 +24,7 @@ from rannc_hf.engine import RanncModel
 from rannc_hf.engine.deferred import materialize
 from rannc_hf.engine.scaler import LossScaler
 from rannc_hf.integrations.deferred import defer_models
+from rannc_hf.integrations.guards import watch
 from rannc_hf.integrations.refusals import (
     refuse,
     unsupported_caller,
@@ -108,6 +109,7 @@ class RanncAccelerator(Accelerator):
         if model not in self._models:
             model._is_accelerate_prepared = True  # type: ignore[assignment]
             self._models.append(model)
+            watch(model)
             if self.scaler is not None:
                 self.scaler.transport = model.transport
             self._figures = Figures(model)
