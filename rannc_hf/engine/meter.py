@@ -29,14 +29,14 @@ class MeasuredStep:
     steady: bool
     """Whether no graph was captured and nothing compiled in it."""
     loss: torch.Tensor | None
-    """Over the global batch, on the device; None where the script computes it. The device has computed it when the next
-    step begins, so reading it then delays nothing."""
+    """Over the global batch, on the device; None where the script computes it. Reading it waits for the device, unless
+    another step has ended since."""
 
 
 class Meter:
     """Measures training steps. A step ends when the next forward of the model begins.
 
-    `on_step` is called then with the step that ended: one step late, with a loss that is there to be read.
+    `on_step` is called then with the step that ended.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -1,6 +1,6 @@
 """A line a training step: as JSON in a file, and on the terminal where the script has no progress bar of its own.
 
-The loss is read when the next step begins: the device has computed it by then, so nothing waits for it.
+The loss is read a step late: the device has computed it by then, so that nothing waits for it.
 """
 
 from __future__ import annotations
@@ -38,30 +38,39 @@ class StepLog:
         self._model, self._console, self._always = model, console, always
         self._path = Path(path) if path is not None else None
         self._shown_at = float("-inf")
+        self._held: tuple[MeasuredStep, dict[str, float]] | None = None
         if self._path is not None:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._append("")
             except OSError as error:
                 raise ValueError(f"rannc config: log={path!r} cannot be written: {error.strerror}") from None
-        model.meter.on_step = self._write
+        model.meter.on_step = self._hold
         # A script that ends without a word still has its last step written.
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Write the last step, whose end nothing else tells of."""
+        """Write the last steps, whose end nothing else tells of."""
         atexit.unregister(self.close)
         self._model.meter.end()
         self._model.meter.on_step = None
+        self._write()
 
     def _append(self, text: str) -> None:
         assert self._path is not None
         with self._path.open("a", encoding="utf-8") as file:
             file.write(text)
 
-    def _write(self, step: MeasuredStep) -> None:
+    def _hold(self, step: MeasuredStep) -> None:
+        self._write()
+        self._held = step, {**self._figures.now(), **self._figures.of(step)}
+
+    def _write(self) -> None:
+        if self._held is None:
+            return
+        (step, figures), self._held = self._held, None
         loss = {"loss": float(step.loss)} if step.loss is not None else {}
-        entry = {"step": float(step.number), **loss, **self._figures.now(), **self._figures.of(step)}
+        entry = {"step": float(step.number), **loss, **figures}
         if self._path is not None:
             self._append(json.dumps({k: _json(v) for k, v in entry.items()}) + "\n")
         now = time.monotonic()

@@ -175,7 +175,7 @@ def test_figures_and_a_line_a_step(tmp_path, capsys):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert accelerator.rannc_figures().keys() >= {"predicted_step_ms", "step_ms", "samples_per_s"}
-    assert len(path.read_text().splitlines()) == 3, "the last step is still under way"
+    assert len(path.read_text().splitlines()) == 2, "the last step goes on, and the loss before it may be under way"
     accelerator.end_training()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
