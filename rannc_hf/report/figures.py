@@ -70,12 +70,11 @@ class Figures:
     def _predicted(self) -> dict[str, float]:
         plan, graph = self.model.plan, self.model.graph
         assert plan is not None and graph is not None
-        world, device = self.model.transport.world_size, self.model.device
-        local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world)), world)
-        cluster = Cluster.here(world, local, device.type)
+        cluster = self._cluster()
         self._flops_per_sample = training_flops(graph, 1)
         # What is given as a CPU's peak is a guess.
-        self._peak_flops = 0.0 if cluster.device.is_cpu else cluster.device.rate(main_dtype(graph))
+        if cluster is not None and not cluster.device.is_cpu:
+            self._peak_flops = cluster.device.rate(main_dtype(graph))
         result = {}
         if plan.step_time_us > 0:
             result["predicted_step_ms"] = plan.step_time_us / 1e3
@@ -85,6 +84,15 @@ class Figures:
         if plan.stages[stage].predicted_memory_bytes > 0:
             result["predicted_memory_gib"] = plan.stages[stage].predicted_memory_bytes / _GIB
         return result
+
+    def _cluster(self) -> Cluster | None:
+        """The devices in use; None where nodes differ, for which plans are written by hand."""
+        world = self.model.transport.world_size
+        local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world)), world)
+        try:
+            return Cluster.here(world, local, self.model.device.type)
+        except ValueError:
+            return None
 
 
 def training_flops(graph: Graph, samples: int) -> float:

@@ -9,9 +9,10 @@ from torch import nn
 from rannc_hf.capture import capture
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
+from rannc_hf.engine.transport import LocalWorld, Transport
 from rannc_hf.report.figures import Figures, training_flops
-
-CPU = torch.device("cpu")
+from tests.parity.harness import CPU, EXACT_LENGTHS, planner
+from tests.parity.models import CASES
 
 
 class Regression(nn.Module):
@@ -30,6 +31,21 @@ def batch() -> dict[str, torch.Tensor]:
 def test_flops_are_three_times_those_of_the_products_of_the_forward():
     graph = capture(Regression(), batch())
     assert training_flops(graph, 5) == 3 * 2 * 5 * (8 * 16 + 16 * 4)
+
+
+def test_nodes_of_different_sizes_train_by_a_plan_that_is_given(monkeypatch: pytest.MonkeyPatch):
+    case = CASES["resnet"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+
+    def run(transport: Transport) -> dict[str, float]:
+        plan = planner((1, 1, 1), 2)
+        model = RanncModel(case.model(), EXACT_LENGTHS, device=CPU, transport=transport, planner=plan)
+        for _ in range(3):
+            model(**case.batch_as(2))[0].backward()
+        return Figures(model).now()
+
+    for found in LocalWorld(3).run(run):
+        assert found.keys() == {"step_ms", "samples_per_s", "tflops_per_device"}, "this plan predicts nothing"
 
 
 def test_figures_of_a_training():
