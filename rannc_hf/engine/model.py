@@ -97,9 +97,11 @@ class RanncModel(nn.Module):
         self._lengths = Lengths(module, compute_dtype)
         self._runtimes: dict[Any, Runtime] = {}
         self._planned_key: Any = None
-        self._steps = 0
+        self.steps = 0
+        """Forwards so far, of training and evaluation: the random streams of blocks depend on it."""
         self._unpublished: int | None = None
         self._held_scale: torch.Tensor | None = None
+        self._at_partition: dict[str, Callable[[], None]] = {}
         self.training = module.training
 
     @property
@@ -121,18 +123,18 @@ class RanncModel(nn.Module):
         known = len(self._runtimes)
         runtime = self._runtime(gathered)
         self.store.refresh()
-        self._steps += 1
+        self.steps += 1
         with _separate_random_state(runtime.graph, self.device):
             if not self.training:
-                outputs = runtime.evaluate(gathered, self._steps)
+                outputs = runtime.evaluate(gathered, self.steps)
                 own = self._lengths.unpad(outputs, gathered, runtime.graph)
                 return evaluation_output(runtime.graph, own)
             self._held_scale = self._gradient_scale()
-            loss = runtime.train(gathered, self._steps, self._held_scale)
+            loss = runtime.train(gathered, self.steps, self._held_scale)
         self.meter.ran(gathered.samples, gathered.tokens, loss, steady=len(self._runtimes) == known)
-        self._unpublished = self._steps
+        self._unpublished = self.steps
         anchor = torch.zeros((), device=self.device, requires_grad=True)
-        return training_output(runtime.graph, _Publish.apply(anchor, loss, self, self._steps))
+        return training_output(runtime.graph, _Publish.apply(anchor, loss, self, self.steps))
 
     def partition(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan and place the parameters now, for batches like this one, without training on it. Collective.
@@ -174,6 +176,18 @@ class RanncModel(nn.Module):
         # mean over all samples gives gradients smaller by the number of ranks: so much sooner they would become 0.
         return self._loss_scale().to(self.device, torch.float32) * self.transport.world_size
 
+    def when_partitioned(self, key: str, call: Callable[[], None]) -> None:
+        """Call `call()` once the parameters are placed: now if they are. A later call of the same key replaces it."""
+        if self.partitioned:
+            call()
+        else:
+            self._at_partition[key] = call
+
+    @property
+    def awaits_partition(self) -> tuple[str, ...]:
+        """Keys of `when_partitioned` whose turn has not come."""
+        return tuple(self._at_partition)
+
     # -- partition -----------------------------------------------------------------------------------------------
 
     def _partition(self, batch: GlobalBatch) -> None:
@@ -186,6 +200,8 @@ class RanncModel(nn.Module):
         self.optimizers.partition(set(self.store.owned))
         self.plan, self.graph = plan, graph
         self._planned_key = (True, describe_shapes(batch))
+        while self._at_partition:
+            self._at_partition.pop(next(iter(self._at_partition)))()
         if self._on_plan is not None and self.transport.rank == 0:
             self._on_plan(plan, graph)
 

@@ -18,17 +18,32 @@ class OptimizerMap:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._names = {id(p): name for name, p in parameters.items()}
         self._optimizers: list[torch.optim.Optimizer] = []
+        self._order: list[list[list[str]]] = []
         self._owned: Collection[str] | None = None
 
     def knows_any(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether any of `parameters` is one of the model's."""
         return any(id(p) in self._names for p in parameters)
 
+    @property
+    def registered(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimizers, in the order they were registered."""
+        return tuple(self._optimizers)
+
+    def names(self, parameters: Iterable[torch.Tensor]) -> list[str]:
+        """Names of `parameters`; those of the model alone have one."""
+        return [self._names[id(p)] for p in parameters if id(p) in self._names]
+
+    def order(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+        """Names of the parameters in each group of a registered optimizer, as the user made it."""
+        return self._order[self._optimizers.index(optimizer)]
+
     def register(self, optimizer: torch.optim.Optimizer) -> None:
         """Edit `optimizer` at the partition, or now if that has been."""
         if optimizer in self._optimizers:
             return
         self._optimizers.append(optimizer)
+        self._order.append([self.names(group["params"]) for group in optimizer.param_groups])
         if self._owned is not None:
             self._edit(optimizer, self._owned)
 

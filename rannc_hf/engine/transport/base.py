@@ -149,5 +149,5 @@ class Transport(ABC):
         return make()
 
     @abstractmethod
-    def barrier(self, what: str) -> None:
-        """Return when every rank of the world has called it."""
+    def barrier(self, what: str, timeout_s: float | None = None) -> None:
+        """Return when every rank of the world has called it. `timeout_s`: a shorter limit than that of all waits."""

@@ -146,9 +146,9 @@ class DistributedTransport(Transport):
         self._guard(lambda: dist.all_gather_object(everything, obj, group=self._control), what, "all ranks")
         return everything
 
-    def barrier(self, what: str) -> None:
+    def barrier(self, what: str, timeout_s: float | None = None) -> None:
         # Unlike a plain barrier, this one says which ranks did not come.
-        limit = timedelta(seconds=self._timeout_s)
+        limit = timedelta(seconds=min(self._timeout_s, timeout_s or self._timeout_s))
         self._guard(
             lambda: dist.monitored_barrier(group=self._control, timeout=limit, wait_all_ranks=True), what, "all ranks"
         )

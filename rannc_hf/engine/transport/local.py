@@ -143,7 +143,7 @@ class LocalTransport(Transport):
             raise failure
         return result
 
-    def barrier(self, what: str) -> None:
+    def barrier(self, what: str, timeout_s: float | None = None) -> None:
         self._collect("barrier", None, what, list)
 
     def wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:

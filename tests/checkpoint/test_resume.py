@@ -1,0 +1,58 @@
+"""Training that stops and goes on, against training that does not stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from tests.checkpoint.runs import Batch, Stage, Tiny, batches, optimizer_kind, other_weights, worst
+
+
+def resumed(
+    model: nn.Module, data: list[Batch], tmp_path: Path, first: Stage, then: Stage, uninterrupted: Stage
+) -> float:
+    """Largest difference in weights between a run that was stopped and one that was not; losses are compared too."""
+    losses, wanted, rate = uninterrupted.train(model, data)
+    first.save = then.load = tmp_path / "stopped"
+    first_losses, _, _ = first.train(model, data)
+    then_losses, found, then_rate = then.train(other_weights(model), data)
+    assert first_losses + then_losses == pytest.approx(losses, rel=1e-9)
+    assert then_rate == rate
+    return worst(found, wanted)
+
+
+@pytest.mark.parametrize("shard", ["none", "parameters"])
+@pytest.mark.parametrize("late", [False, True])
+def test_the_same_plan_goes_on_bit_by_bit(tmp_path: Path, shard: str, late: bool):
+    def stage(steps: int, late: bool = False) -> Stage:
+        return Stage((1, 2), steps, shard, late=late)
+
+    assert resumed(Tiny(), batches(), tmp_path, stage(2), stage(2, late), stage(4)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [((1, 1), (2, 1, 1)), ((2, 2), (1,)), ((2,), (1, 1)), ((1, 2), (3,)), ((1,), (2, 1))],
+    ids=str,
+)
+@pytest.mark.parametrize("shard", ["none", "gradients"])
+def test_another_plan_goes_on_to_rounding(tmp_path: Path, before: tuple[int, ...], after: tuple[int, ...], shard: str):
+    off = resumed(Tiny(), batches(), tmp_path, Stage(before, 2, shard), Stage(after, 2, shard), Stage(before, 4, shard))
+    assert off < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adafactor", "rmsprop"])
+def test_any_optimizer_goes_on(tmp_path: Path, kind: str):
+    def stage(replicas: tuple[int, ...], steps: int) -> Stage:
+        return Stage(replicas, steps, make_optimizer=optimizer_kind(kind))
+
+    off = resumed(Tiny(), batches(), tmp_path, stage((1, 2), 2), stage((2, 1, 1), 2), stage((1, 2), 4))
+    assert off < 1e-10
+
+
+def test_dropout_goes_on_bit_by_bit(tmp_path: Path):
+    stages = [Stage((2, 1), steps) for steps in (2, 2, 4)]
+    assert resumed(Tiny(dropout=0.3), batches(), tmp_path, *stages) == 0.0
+    assert Stage((2, 1), 4).train(Tiny(dropout=0.3), batches())[0] != Stage((2, 1), 4).train(Tiny(), batches())[0]
