@@ -3,6 +3,7 @@
 from rannc_hf.checkpoint.directory import Staging, latest, read_manifest, staged, verify
 from rannc_hf.checkpoint.load import load, load_from
 from rannc_hf.checkpoint.optimizer import full_optimizer_state_dict, load_full_optimizer_state_dict
+from rannc_hf.checkpoint.pretrained import save_pretrained
 from rannc_hf.checkpoint.save import save, save_into
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "read_manifest",
     "save",
     "save_into",
+    "save_pretrained",
     "staged",
     "verify",
 ]

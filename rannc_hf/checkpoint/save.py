@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,8 +72,26 @@ def save_into(staging: Staging, model: RanncModel, name: str = "model") -> None:
         "aliases": names.aliases,
         "module": type(model.module).__name__,
     }
-    if model.plan is not None and together.rank == 0:
-        model.plan.save(staging.path / f"{name}.plan.json")
+    if together.rank == 0:
+        if model.plan is not None:
+            model.plan.save(staging.path / f"{name}.plan.json")
+        _save_config(model.module, staging.path / config_folder(name))
+
+
+def config_folder(name: str) -> str:
+    """Where a checkpoint keeps the configuration of a Transformers model."""
+    return f"{name}.config"
+
+
+def _save_config(module: Any, folder: Path) -> None:
+    """What `export` needs besides weights."""
+    config: Any = copy.deepcopy(getattr(module, "config", None))
+    if hasattr(config, "save_pretrained"):
+        config.architectures = [type(module).__name__]
+        config.save_pretrained(folder)
+        generation: Any = getattr(module, "generation_config", None)
+        if hasattr(generation, "save_pretrained"):
+            generation.save_pretrained(folder)
 
 
 def _check(model: RanncModel) -> None:

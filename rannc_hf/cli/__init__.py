@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": ("plan the training of a model on a cluster", "rannc_hf.cli.plan"),
     "report": ("show a plan, and a measured step, as a page for a browser", "rannc_hf.cli.report"),
     "doctor": ("measure the devices and links of this machine, for the planner", "rannc_hf.cli.doctor"),
+    "export": ("turn a checkpoint into a directory that from_pretrained loads", "rannc_hf.cli.export"),
     "launch": ("run a training script on the processes of this machine or a cluster", "rannc_hf.cli.launch"),
 }
 """Subcommand to what it does and the module whose `run` takes its arguments and returns the exit status."""

@@ -33,11 +33,11 @@ def guard_state_dict(model: nn.Module) -> None:
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
-            "this process holds only its stage's parameters, so model.state_dict() and model.save_pretrained() alone "
-            "cannot work. On every process (not under `if accelerator.is_main_process`), write\n"
+            "this process holds only its stage's parameters, so model.state_dict() cannot work. On every process (not "
+            "under `if accelerator.is_main_process`), write\n"
             "    state = accelerator.get_state_dict(model)\n"
-            "    accelerator.unwrap_model(model).save_pretrained(\n"
-            "        directory, is_main_process=accelerator.is_main_process, state_dict=state)"
+            "or, to save the model without gathering it,\n"
+            "    accelerator.unwrap_model(model).save_pretrained(directory)"
         )
 
     object.__setattr__(model, "_rannc_state_dict", original)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Never
+from typing import Any
 
 import torch
 from accelerate.accelerator import Accelerator
@@ -33,6 +33,7 @@ from rannc_hf.integrations.refusals import (
     unsupported_processes,
     unsupported_settings,
 )
+from rannc_hf.integrations.saving import SavingAccelerator, attach_save_pretrained
 from rannc_hf.report.console import print_plan
 from rannc_hf.report.figures import Figures
 from rannc_hf.report.steplog import StepLog, open_log
@@ -40,7 +41,7 @@ from rannc_hf.report.steplog import StepLog, open_log
 _COMPUTE_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class RanncAccelerator(Accelerator):
+class RanncAccelerator(SavingAccelerator):
     """An Accelerator that partitions the prepared model over all processes.
 
     rannc: options for `RanncConfig.load` ("auto", a path, a mapping, a RanncConfig); None takes them from RANNC_CONFIG,
@@ -48,7 +49,7 @@ class RanncAccelerator(Accelerator):
 
     One model with trainable parameters may be prepared at a time; models without any (teachers, encoders) stay whole
     on every process. Calls that need all processes, beyond accelerate's own: the model, in training and in
-    evaluation, `clip_grad_norm_`, `get_state_dict` and `save_model`.
+    evaluation, `clip_grad_norm_`, and what saves and loads (`SavingAccelerator`).
 
     Raises ValueError, with all reasons at once, for settings that RaNNC cannot train with.
     """
@@ -109,6 +110,7 @@ class RanncAccelerator(Accelerator):
         if model not in self._models:
             model._is_accelerate_prepared = True  # type: ignore[assignment]
             self._models.append(model)
+            attach_save_pretrained(model)
             watch(model)
             if self.scaler is not None:
                 self.scaler.transport = model.transport
@@ -221,65 +223,7 @@ class RanncAccelerator(Accelerator):
             self._step_log.close()
             self._step_log = None
 
-    # Saving
-
-    def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
-        """The user's own model object. Its parameters hold values only where this process owns them."""
-        inner = model.module if isinstance(model, RanncModel) else model
-        return super().unwrap_model(inner, keep_fp32_wrapper, keep_torch_compile)
-
-    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, torch.Tensor]:
-        """All weights under their Hugging Face names, on CPU, in the main process; {} in the others.
-
-        Every process must call it.
-        """
-        found = self._find(model)
-        return super().get_state_dict(model, unwrap) if found is None else found.full_state_dict()
-
-    def save_model(
-        self,
-        model: nn.Module,
-        save_directory: str | os.PathLike[str],
-        max_shard_size: int | str = "10GB",
-        safe_serialization: bool = True,
-    ) -> None:
-        """As in accelerate: the main process writes all weights. Every process must call it."""
-        found = self._find(model)
-        if found is not None:
-            weights = found.full_state_dict()
-            model = _Weights(weights)
-        if found is None or self.is_main_process:
-            super().save_model(model, save_directory, max_shard_size, safe_serialization)
-        self.wait_for_everyone()
-
-    def save_state(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available yet: see the error."""
-        return self._refuse_checkpoint("save_state") if self._partitioned else super().save_state(*args, **kwargs)
-
-    def load_state(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available yet: see the error."""
-        return self._refuse_checkpoint("load_state") if self._partitioned else super().load_state(*args, **kwargs)
-
-    @staticmethod
-    def _refuse_checkpoint(name: str) -> Never:
-        raise ValueError(
-            f"`accelerator.{name}` needs sharded checkpoints of the model and its optimizer, which are not available "
-            "yet. To keep the weights, call on every process `accelerator.unwrap_model(model).save_pretrained(folder, "
-            "is_main_process=accelerator.is_main_process, state_dict=accelerator.get_state_dict(model))` or "
-            "`accelerator.save_model(model, folder)`, and load them with `from_pretrained` before `accelerator.prepare`"
-        )
-
     # Finding the model
-
-    @property
-    def _partitioned(self) -> list[RanncModel]:
-        return [model for model in self._models if isinstance(model, RanncModel)]
-
-    def _find(self, model: nn.Module) -> RanncModel | None:
-        """The RanncModel that is `model` or holds it."""
-        if isinstance(model, RanncModel):
-            return model
-        return next((wrapped for wrapped in self._partitioned if wrapped.module is model), None)
 
     def _model_of(self, parameters: list[nn.Parameter]) -> RanncModel | None:
         """The RanncModel whose gradients are to be clipped.
@@ -291,17 +235,6 @@ class RanncAccelerator(Accelerator):
         if model is not None and any(p.requires_grad and id(p) not in given for p in model.parameters()):
             raise ValueError("RaNNC clips all parameters of a model together; pass `model.parameters()`")
         return model
-
-
-class _Weights(nn.Module):
-    """Has nothing but a state dict, for accelerate to write."""
-
-    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        self._weights = weights
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self._weights
 
 
 def _as_list(parameters: nn.Parameter | Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -113,15 +113,6 @@ def test_models():
     assert isinstance(accelerator.prepare(nn.Linear(2, 2)), RanncModel)
 
 
-@pytest.mark.parametrize("name", ["save_state", "load_state"])
-def test_checkpoints(tmp_path, name):
-    accelerator = RanncAccelerator()
-    accelerator.prepare(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"not available yet.*save_pretrained\(folder.*state_dict=accelerator.get_"):
-        getattr(accelerator, name)(str(tmp_path))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_what_stands_for_objects_of_others():
     accelerator = RanncAccelerator()
     parameters = list(nn.Linear(2, 2).parameters())

@@ -116,5 +116,6 @@ def test_saving_in_the_main_process_alone_is_an_error_at_once(tmp_path):
     result = start(*RANNC_LAUNCH, *options, SCRIPTS / "save_on_main.py", tmp_path / "out")
     assert result.stdout.count("trained") == 2, result.stderr
     assert result.returncode != 0
-    assert "state = accelerator.get_state_dict(model)" in result.stderr
+    assert "outside of `if accelerator.is_main_process`" in result.stderr
+    assert "accelerator.unwrap_model(model).save_pretrained(directory)" in result.stderr
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -59,6 +60,13 @@ class Done:
 
     def wait(self) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What `Transport.meet` exchanges."""
+
+    name: str
 
 
 class Transport(ABC):
@@ -138,8 +146,27 @@ class Transport(ABC):
         """The tensors of all ranks of the world, in rank order; shapes and dtypes must be equal."""
 
     @abstractmethod
-    def all_gather_object(self, obj: Any, what: str) -> list[Any]:
-        """The picklable objects of all ranks of the world, in rank order."""
+    def all_gather_object(self, obj: Any, what: str, timeout_s: float | None = None) -> list[Any]:
+        """The picklable objects of all ranks of the world, in rank order.
+
+        `timeout_s`: a shorter time limit than that of all waits. Raises `TransportError` where another rank is in
+        `meet`.
+        """
+
+    def meet(self, call: str, timeout_s: float | None = None) -> None:
+        """Return when every rank of the world has called it with the same `call`.
+
+        Raises `TransportError` at once on all ranks where another one exchanges objects for something else.
+        """
+        self.all_gather_object(_Call(call), f"all ranks at {call}", timeout_s)
+
+    def _without_calls(self, objects: list[Any], what: str) -> list[Any]:
+        """What was gathered, unless some ranks are in `meet` and others are not."""
+        calls = {rank: obj.name if isinstance(obj, _Call) else None for rank, obj in enumerate(objects)}
+        if len(set(calls.values())) > 1:
+            at = [f"rank {rank} is at {name}" if name else f"rank {rank} is not" for rank, name in calls.items()]
+            raise TransportError(f"rank {self.rank}: {what}: {', '.join(at)}")
+        return objects
 
     def once(self, make: Callable[[], T], what: str) -> T:
         """The result of `make`, which ranks of one process share: there, only the first of them calls it. Collective.
@@ -149,5 +176,5 @@ class Transport(ABC):
         return make()
 
     @abstractmethod
-    def barrier(self, what: str, timeout_s: float | None = None) -> None:
-        """Return when every rank of the world has called it. `timeout_s`: a shorter limit than that of all waits."""
+    def barrier(self, what: str) -> None:
+        """Return when every rank of the world has called it."""

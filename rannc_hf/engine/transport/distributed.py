@@ -9,6 +9,7 @@ exceed the limit, shortly before the watchdog of NCCL ends the process.
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -141,14 +142,29 @@ class DistributedTransport(Transport):
             )
         return everything
 
-    def all_gather_object(self, obj: Any, what: str) -> list[Any]:
-        everything: list[Any] = [None] * self.world_size
-        self._guard(lambda: dist.all_gather_object(everything, obj, group=self._control), what, "all ranks")
-        return everything
+    def all_gather_object(self, obj: Any, what: str, timeout_s: float | None = None) -> list[Any]:
+        # `dist.all_gather_object` has no time limit of its own call.
+        data = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
+        sizes = self._gather_bytes(torch.tensor([data.numel()]), what, timeout_s)
+        longest = max(int(size) for size in sizes)
+        parts = self._gather_bytes(torch.nn.functional.pad(data, (0, longest - data.numel())), what, timeout_s)
+        objects = [pickle.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes)]
+        return self._without_calls(objects, what)
 
-    def barrier(self, what: str, timeout_s: float | None = None) -> None:
+    def _gather_bytes(self, tensor: torch.Tensor, what: str, timeout_s: float | None) -> list[torch.Tensor]:
+        parts = [torch.empty_like(tensor) for _ in self.everyone]
+
+        def gather() -> None:
+            work = dist.all_gather(parts, tensor, group=self._control, async_op=True)
+            assert work is not None, what
+            work.wait(timedelta(seconds=timeout_s or self._timeout_s))
+
+        self._guard(gather, what, "all ranks", timeout_s)
+        return parts
+
+    def barrier(self, what: str) -> None:
         # Unlike a plain barrier, this one says which ranks did not come.
-        limit = timedelta(seconds=min(self._timeout_s, timeout_s or self._timeout_s))
+        limit = timedelta(seconds=self._timeout_s)
         self._guard(
             lambda: dist.monitored_barrier(group=self._control, timeout=limit, wait_all_ranks=True), what, "all ranks"
         )
@@ -235,18 +251,21 @@ class DistributedTransport(Transport):
                 raise self._error(operation.what, operation.peer, self._timeout_s, None)
             time.sleep(0.001)
 
-    def _guard(self, call: Callable[[], T], what: str, peer: str) -> T:
+    def _guard(self, call: Callable[[], T], what: str, peer: str, timeout_s: float | None = None) -> T:
         """`call()`, with what torch.distributed raises turned into an error that says what was going on."""
         start = time.monotonic()
         try:
             return call()
         except RuntimeError as error:
-            raise self._error(what, peer, time.monotonic() - start, error) from error
+            raise self._error(what, peer, time.monotonic() - start, error, timeout_s) from error
 
-    def _error(self, what: str, peer: str, waited_s: float, error: RuntimeError | None) -> TransportError:
+    def _error(
+        self, what: str, peer: str, waited_s: float, error: RuntimeError | None, timeout_s: float | None = None
+    ) -> TransportError:
         detail = f": {error}" if error is not None else ""
-        if waited_s >= 0.95 * self._timeout_s:
-            problem = f"nothing from {peer} within {self._timeout_s:g} s"
+        limit = timeout_s or self._timeout_s
+        if waited_s >= 0.95 * limit:
+            problem = f"nothing from {peer} within {limit:g} s"
         else:
             problem = f"the connection to {peer} failed after {waited_s:.1f} s (did a process end?)"
         return TransportError(f"rank {self.rank}: {what}: {problem}{detail}")

@@ -127,9 +127,10 @@ class LocalTransport(Transport):
     def all_gather(self, tensor: torch.Tensor, what: str) -> list[torch.Tensor]:
         return mail.copies(self._collect("all_gather", tensor.detach(), what, mail.copies))
 
-    def all_gather_object(self, obj: Any, what: str) -> list[Any]:
+    def all_gather_object(self, obj: Any, what: str, timeout_s: float | None = None) -> list[Any]:
         # Pickled as between processes: ranks share nothing, and what cannot be sent is found here already.
-        return [pickle.loads(data) for data in self._collect("all_gather_object", pickle.dumps(obj), what, list)]
+        parts = self._collect("all_gather_object", pickle.dumps(obj), what, list)
+        return self._without_calls([pickle.loads(data) for data in parts], what)
 
     def once(self, make: Callable[[], T], what: str) -> T:
         outcome: tuple[T | None, Exception | None] | None = None
@@ -143,7 +144,7 @@ class LocalTransport(Transport):
             raise failure
         return result
 
-    def barrier(self, what: str, timeout_s: float | None = None) -> None:
+    def barrier(self, what: str) -> None:
         self._collect("barrier", None, what, list)
 
     def wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:

@@ -14,4 +14,4 @@ model(input_ids=tokens, labels=tokens).loss.backward()
 print("trained", flush=True)
 if accelerator.is_main_process:
     accelerator.unwrap_model(model).save_pretrained(sys.argv[1])
-accelerator.wait_for_everyone()
+model(input_ids=tokens, labels=tokens)
