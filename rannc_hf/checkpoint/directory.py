@@ -92,6 +92,8 @@ def _check_shared(path: Path) -> None:
 
 def _complete(staging: Staging, target: Path) -> None:
     path, together = staging.path, staging.together
+    # Nobody may list files while another rank is still writing.
+    together.step("finishing", lambda: None)
     names = sorted(set().union(*together.step("listing files", lambda: _files_in(path))))
     own = names[together.rank :: together.transport.world_size]
     parts = together.step("hashing files", lambda: {name: _fingerprint(path / name, flush=True) for name in own})

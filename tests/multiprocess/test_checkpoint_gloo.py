@@ -19,7 +19,7 @@ from tests.multiprocess.launch import run_ranks
 from tests.parity.harness import CPU, loss_of, optimizer_of, planner, shards
 
 pytestmark = pytest.mark.multiprocess
-TIMEOUT_S = 10.0
+TIMEOUT_S = 50.0
 
 
 def start(replicas: tuple[int, ...], shard: str = "none") -> tuple[RanncModel, torch.optim.Optimizer]:
@@ -80,7 +80,7 @@ def go_on(rank: int, folder: Path, replicas: tuple[int, ...]) -> State:
 
 def load_damaged(rank: int, folder: Path) -> tuple[str, bool]:
     """The error, and whether the weights are still those from before."""
-    model, optimizer = start((1, 1))
+    model, _ = start((1, 1))
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     try:
         load(folder / "step_2", model)
@@ -90,24 +90,24 @@ def load_damaged(rank: int, folder: Path) -> tuple[str, bool]:
 
 
 def test_other_numbers_of_ranks_and_a_rank_that_is_killed(tmp_path: Path):
-    first, killed = run_ranks(save_and_go_on, 2, tmp_path, may_die=[1])
+    first, killed = run_ranks(save_and_go_on, 2, tmp_path, timeout_s=200, may_die=[1])
     assert killed is None
     wanted = first["uninterrupted"]
     assert worst(first["same plan"], wanted) == 0.0
     assert worst(first["another plan"], wanted) < 1e-10
     # The other rank has ended with what it was doing, and the last complete checkpoint is there.
     assert first["error"].startswith("TransportError: rank 0: saving checkpoint") and "writing model" in first["error"]
-    assert first["waited"] < 2 * TIMEOUT_S
+    assert first["waited"] < 60
     assert not (tmp_path / "step_4").exists() and latest(tmp_path) == tmp_path / "step_2"
     verify(tmp_path / "step_2")
-    (four, *_) = run_ranks(go_on, 4, tmp_path, (2, 1, 1))
+    (four, *_) = run_ranks(go_on, 4, tmp_path, (2, 1, 1), timeout_s=200)
     assert worst(four, wanted) < 1e-10
-    (one,) = run_ranks(go_on, 1, tmp_path, (1,))
+    (one,) = run_ranks(go_on, 1, tmp_path, (1,), timeout_s=200)
     assert worst(one, wanted) < 1e-10
     shard = tmp_path / "step_2" / "model" / "__1_0.distcp"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
-    for message, unchanged in run_ranks(load_damaged, 2, tmp_path):
+    for message, unchanged in run_ranks(load_damaged, 2, tmp_path, timeout_s=200):
         assert f"model/__1_0.distcp has {len(whole) - 100} bytes instead of {len(whole)}" in message
         assert unchanged
     assert latest(tmp_path) is None
