@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+import transformers
+from transformers import PreTrainedModel
 
 from rannc_hf.checkpoint import sharded
 from rannc_hf.checkpoint.directory import find, verify
@@ -41,8 +41,9 @@ def export(
     stored = {key: entry for key, entry in found.items() if key not in aliases}
     sizes = {key: entry.size.numel() * entry.properties.dtype.itemsize for key, entry in stored.items()}
     config = path / config_folder(name)
-    save = _saver(config, max((e.properties.dtype for e in stored.values()), key=lambda d: d.is_floating_point))
-    write = PartWriter(save, aliases, {"max_shard_size": max_shard_size})
+    model = _empty_model(config, max((e.properties.dtype for e in stored.values()), key=lambda d: d.is_floating_point))
+    save = model.save_pretrained if model is not None else None
+    write = PartWriter(model, save, aliases, {"max_shard_size": max_shard_size})
     target.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=target))
     try:
@@ -60,10 +61,8 @@ def export(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _saver(config: Path, dtype: torch.dtype) -> Callable[..., Any] | None:
-    """`save_pretrained` of the model that the configuration names, without weights; None if it is unknown."""
-    import transformers
-
+def _empty_model(config: Path, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The model that the configuration names, on the meta device; None if it is unknown."""
     if not (config / "config.json").is_file():
         return None
     kinds = json.loads((config / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
@@ -71,6 +70,6 @@ def _saver(config: Path, dtype: torch.dtype) -> Callable[..., Any] | None:
     if kind is None:
         return None
     with torch.device("meta"):
-        model: transformers.PreTrainedModel = kind(transformers.AutoConfig.from_pretrained(config))
-    saver: Callable[..., Any] = model.to(dtype=dtype).save_pretrained
-    return saver
+        model: PreTrainedModel = kind(transformers.AutoConfig.from_pretrained(config))
+    # Its dtype goes into the configuration.
+    return model.to(dtype=dtype)

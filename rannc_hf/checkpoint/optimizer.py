@@ -101,7 +101,12 @@ def write(path: Path, model: RanncModel, optimizer: Optimizer, together: Togethe
             "states": sorted({key for keys, _ in states for key in keys}),
             "plain": {name: value for _, plain in states for name, value in plain.items()},
         }
-        torch.save(common, path.with_suffix(".pt"))
+        torch.save(common, _rest(path))
+
+
+def _rest(path: Path) -> Path:
+    """The file of what is not a tensor."""
+    return path.with_name(f"{path.name}.pt")
 
 
 def _outline(state: OptimizerState) -> tuple[list[str], dict[str, dict[str, Any]]]:
@@ -121,9 +126,9 @@ class StoredOptimizer:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.common: dict[str, Any] = torch.load(path.with_suffix(".pt"), map_location="cpu", weights_only=True)
+            self.common: dict[str, Any] = torch.load(_rest(path), map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(f"cannot read {path.with_suffix('.pt')}: {error}") from error
+            raise ValueError(f"cannot read {_rest(path)}: {error}") from error
 
     def check(self, model: RanncModel, optimizer: Optimizer) -> None:
         """Raise ValueError unless `optimizer` has the groups that were stored."""

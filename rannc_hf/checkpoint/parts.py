@@ -6,12 +6,15 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Tensors = dict[str, torch.Tensor]
 WEIGHTS = "model"
@@ -43,24 +46,36 @@ class PartWriter:
     generation configuration and custom code come with it.
 
     Args:
-        save: the `save_pretrained` of a Transformers model; None writes the weights alone.
+        model: a Transformers model; None writes the weights alone.
+        save: its `save_pretrained`.
         aliases: further names of stored tensors.
         options: for `save`.
     """
 
-    def __init__(self, save: Callable[..., Any] | None, aliases: Mapping[str, str], options: Mapping[str, Any]) -> None:
-        self._save, self._aliases, self._options = save, aliases, dict(options)
+    def __init__(
+        self,
+        model: PreTrainedModel | None,
+        save: Callable[..., Any] | None,
+        aliases: Mapping[str, str],
+        options: Mapping[str, Any],
+    ) -> None:
+        self._model, self._save, self._aliases, self._options = model, save, aliases, dict(options)
 
     def __call__(self, folder: Path, tensors: Tensors) -> None:
         folder.mkdir(parents=True)
-        if self._save is None:
+        if self._model is None or self._save is None:
             save_file(tensors, folder / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
             return
         further = {alias: tensors[name] for alias, name in self._aliases.items() if name in tensors}
-        self._save(folder, is_main_process=True, state_dict={**tensors, **further}, **self._options)
+        # Transformers writes on rank 0 alone, whatever it is told.
+        object.__setattr__(self._model, "should_save_on_this_rank", lambda is_main_process: True)
+        try:
+            self._save(folder, is_main_process=True, state_dict={**tensors, **further}, **self._options)
+        finally:
+            object.__delattr__(self._model, "should_save_on_this_rank")
 
 
-def is_transformers_model(model: nn.Module) -> bool:
+def is_transformers_model(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Whether `save_pretrained` is Transformers' own and writes all weights: no adapter alone."""
     from transformers import PreTrainedModel
 

@@ -79,10 +79,11 @@ def _part_writer(
     model: RanncModel, max_shard_size: int | str, weights_only: bool, options: dict[str, Any]
 ) -> PartWriter:
     module: nn.Module = model.module
-    save = getattr(module, ORIGINAL, None) or getattr(module, "save_pretrained", None)
+    aliases = names_of(model).aliases
     if weights_only or not is_transformers_model(module):
-        save = None
-    return PartWriter(save, names_of(model).aliases, {**options, "max_shard_size": max_shard_size})
+        return PartWriter(None, None, aliases, {})
+    save = getattr(module, ORIGINAL, None) or module.save_pretrained
+    return PartWriter(module, save, aliases, {**options, "max_shard_size": max_shard_size})
 
 
 def _sizes(model: RanncModel) -> dict[str, int]:

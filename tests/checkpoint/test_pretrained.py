@@ -28,7 +28,9 @@ def gpt2() -> hf.PreTrainedModel:
     )
 
 
-def test_ranks_write_what_plain_transformers_loads(tmp_path: Path):
+def test_ranks_write_what_plain_transformers_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # As in processes that are not rank 0 of torch.distributed.
+    monkeypatch.setattr(hf.PreTrainedModel, "should_save_on_this_rank", lambda self, is_main_process: False)
     model, batch = gpt2(), CASES["gpt2"].batch_as(6, torch.float32)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model-00001-of-00009.safetensors").touch()

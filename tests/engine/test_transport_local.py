@@ -358,3 +358,21 @@ def test_one_rank_alone_needs_no_run():
     alone.all_reduce(tensor, (0,), "alone").wait()
     assert alone.all_gather_object("x", "alone") == ["x"]
     assert tensor.tolist() == [1.0, 1.0]
+
+
+def test_ranks_meet_or_hear_at_once_where_the_others_are():
+    def body(transport: Transport) -> str:
+        transport.meet("saving")
+        try:
+            if transport.rank == 0:
+                transport.meet("saving")
+            else:
+                transport.all_gather_object("a batch", "gathering the batch")
+        except TransportError as error:
+            return str(error)
+        return "not noticed"
+
+    assert LocalWorld(2).run(body) == [
+        "rank 0: all ranks at saving: rank 0 is at saving, rank 1 is not",
+        "rank 1: gathering the batch: rank 0 is at saving, rank 1 is not",
+    ]
