@@ -95,13 +95,12 @@ class RanncModel(nn.Module):
             getattr(model_config, "max_position_embeddings", None),
         )
         self._lengths = Lengths(module, compute_dtype)
+        self._at_partition: dict[str, Callable[[], None]] = {}
         self._runtimes: dict[Any, Runtime] = {}
         self._planned_key: Any = None
-        self.steps = 0
-        """Forwards so far, of training and evaluation: the random streams of blocks depend on it."""
+        self._steps = 0
         self._unpublished: int | None = None
         self._held_scale: torch.Tensor | None = None
-        self._at_partition: dict[str, Callable[[], None]] = {}
         self.training = module.training
 
     @property
@@ -123,18 +122,18 @@ class RanncModel(nn.Module):
         known = len(self._runtimes)
         runtime = self._runtime(gathered)
         self.store.refresh()
-        self.steps += 1
+        self._steps += 1
         with _separate_random_state(runtime.graph, self.device):
             if not self.training:
-                outputs = runtime.evaluate(gathered, self.steps)
+                outputs = runtime.evaluate(gathered, self._steps)
                 own = self._lengths.unpad(outputs, gathered, runtime.graph)
                 return evaluation_output(runtime.graph, own)
             self._held_scale = self._gradient_scale()
-            loss = runtime.train(gathered, self.steps, self._held_scale)
+            loss = runtime.train(gathered, self._steps, self._held_scale)
         self.meter.ran(gathered.samples, gathered.tokens, loss, steady=len(self._runtimes) == known)
-        self._unpublished = self.steps
+        self._unpublished = self._steps
         anchor = torch.zeros((), device=self.device, requires_grad=True)
-        return training_output(runtime.graph, _Publish.apply(anchor, loss, self, self.steps))
+        return training_output(runtime.graph, _Publish.apply(anchor, loss, self, self._steps))
 
     def partition(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan and place the parameters now, for batches like this one, without training on it. Collective.
@@ -175,6 +174,15 @@ class RanncModel(nn.Module):
         # Under DDP each rank scales the mean over its own samples, and the average over ranks is taken in fp32. The
         # mean over all samples gives gradients smaller by the number of ranks: so much sooner they would become 0.
         return self._loss_scale().to(self.device, torch.float32) * self.transport.world_size
+
+    @property
+    def steps(self) -> int:
+        """Forwards so far, of training and evaluation: the random streams of blocks depend on it."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._steps = value
 
     def when_partitioned(self, key: str, call: Callable[[], None]) -> None:
         """Call `call()` once the parameters are placed: now if they are. A later call of the same key replaces it."""

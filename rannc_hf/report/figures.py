@@ -10,7 +10,6 @@ from rannc_hf.capture.graph import Graph
 from rannc_hf.cost.analytic import main_dtype
 from rannc_hf.cost.ops import forward_flops
 from rannc_hf.engine import RanncModel
-from rannc_hf.engine.executor import locate
 from rannc_hf.engine.meter import MeasuredStep
 from rannc_hf.partition.cluster import Cluster
 from rannc_hf.partition.timeline import timeline
@@ -80,9 +79,10 @@ class Figures:
             result["predicted_step_ms"] = plan.step_time_us / 1e3
         if all(s.predicted_forward_us + s.predicted_backward_us > 0 for s in plan.stages):
             result["predicted_bubble"] = timeline(plan, graph, cluster).simulation.bubble
-        stage, _ = locate(plan, self.model.transport.rank)
-        if plan.stages[stage].predicted_memory_bytes > 0:
-            result["predicted_memory_gib"] = plan.stages[stage].predicted_memory_bytes / _GIB
+        # Every stage that a rank runs says what the whole rank needs.
+        memory = max(s.predicted_memory_bytes for s in plan.stages if self.model.transport.rank in s.ranks)
+        if memory > 0:
+            result["predicted_memory_gib"] = memory / _GIB
         return result
 
     def _cluster(self) -> Cluster | None:
