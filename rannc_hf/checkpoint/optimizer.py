@@ -90,8 +90,14 @@ def order_of(model: RanncModel, optimizer: Optimizer, together: Together) -> lis
 def write(path: Path, model: RanncModel, optimizer: Optimizer, together: Together) -> None:
     """Write to the directory `path` (tensors, as `<state>.<parameter>`) and the file `<path>.pt` (all else)."""
     order = order_of(model, optimizer, together)
-    states = together.step("reading the optimizer's state", lambda: _outline(own_state(model, optimizer)))
-    tensors = {f"{k}.{name}": v for name, s in own_state(model, optimizer).tensors.items() for k, v in s.items()}
+
+    def own() -> OptimizerState:
+        # Before the partition every rank has all of it, and rank 0's counts, as it does for the parameters.
+        kept = model.partitioned or together.rank == 0
+        return own_state(model, optimizer) if kept else OptimizerState({}, {})
+
+    states = together.step("reading the optimizer's state", lambda: _outline(own()))
+    tensors = {f"{key}.{name}": value for name, state in own().tensors.items() for key, value in state.items()}
     sharded.write(path, tensors, {}, together)
     if together.rank == 0:
         common = {

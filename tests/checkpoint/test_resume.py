@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
+from rannc_hf.checkpoint import save
+from rannc_hf.checkpoint.optimizer import StoredOptimizer
+from rannc_hf.config import RanncConfig
+from rannc_hf.engine import RanncModel
+from rannc_hf.engine.transport import LocalWorld, Transport
 from tests.checkpoint.runs import Batch, Stage, Tiny, batches, optimizer_kind, other_weights, worst
+from tests.parity.harness import CPU, loss_of
 
 
 def resumed(
@@ -60,3 +67,24 @@ def test_dropout_goes_on_bit_by_bit(tmp_path: Path):
     stages = [Stage((2, 1), steps) for steps in (2, 2, 4)]
     assert resumed(Tiny(dropout=0.3), batches(), tmp_path, *stages) == 0.0
     assert Stage((2, 1), 4).train(Tiny(dropout=0.3), batches())[0] != Stage((2, 1), 4).train(Tiny(), batches())[0]
+
+
+def test_before_the_first_batch_rank_0_counts(tmp_path: Path):
+    def body(transport: Transport) -> torch.optim.Optimizer:
+        module = Tiny()
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1 * (transport.rank + 1), momentum=0.9)
+        (loss_of(module(**batches()[0])) * (transport.rank + 1)).backward()
+        optimizer.step()
+        model = RanncModel(module, RanncConfig(), device=CPU, transport=transport)
+        model.register_optimizer(optimizer)
+        save(tmp_path / "stopped", model)
+        return optimizer
+
+    wanted = LocalWorld(2).run(body)[0]
+    stored = StoredOptimizer(tmp_path / "stopped" / "model.optimizer_0")
+    assert stored.common["groups"][0]["lr"] == 0.1
+    model = RanncModel(Tiny(), RanncConfig(), device=CPU)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    model.register_optimizer(optimizer)
+    stored.load_state(model, optimizer)
+    torch.testing.assert_close(optimizer.state_dict()["state"], wanted.state_dict()["state"], rtol=0, atol=0)
