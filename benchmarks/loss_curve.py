@@ -10,8 +10,8 @@ unequal sizes.
 
 Dropout draws other numbers in a pipeline than in plain training, so its curve cannot be equal; it must be one that
 another seed of dropout could have given: the mean loss of its last steps lies in the interval in which, judged by the
-seeds, 99 of 100 further draws would lie (Student's prediction interval). The exit status is 1 otherwise. Writes
-NAME.json, NAME.md and NAME.svg.
+seeds, 99 of 100 further draws would lie (Student's prediction interval). The exit status is 1 otherwise, and where
+the seeds are too far apart for that to decide anything. Writes NAME.json, NAME.md and NAME.svg.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ LAST = 20
 """Steps at the end whose mean is compared."""
 STUDENT = {3: 9.925, 4: 5.841, 5: 4.604, 6: 4.032, 7: 3.707, 8: 3.499}
 """By number of seeds: how many standard deviations 99 % of Student's distribution lie within."""
+WIDEST = 0.1
+"""Half of the band may be this share of the fall in loss; where seeds are farther apart, being inside says nothing."""
 COPIES = "bf16 copies, one process, seed"
 
 
@@ -67,7 +69,7 @@ class Task:
 
 TASKS = {
     "tiny": Task(
-        Model(layers=3, hidden=32, heads=2, length=24, vocabulary=64), words=32, samples=22, learning_rate=3e-3
+        Model(layers=3, hidden=32, heads=2, length=24, vocabulary=64), words=32, samples=22, learning_rate=1e-3
     ),
     "large": Task(Model(layers=24, hidden=1024, heads=16, length=128), words=512, samples=62, learning_rate=1e-4),
 }
@@ -207,6 +209,12 @@ def judge(losses: dict[str, list[float]]) -> tuple[dict[str, float], tuple[float
     return ends, (low, high), {name: low <= end <= high for name, end in ends.items() if "pipeline" in name}
 
 
+def decisive(losses: dict[str, list[float]], band: tuple[float, float]) -> bool:
+    """Whether the band is narrow enough for a curve that is wrong to leave it."""
+    first = statistics.fmean(values[0] for name, values in losses.items() if name.startswith(COPIES))
+    return (band[1] - band[0]) / 2 <= WIDEST * (first - statistics.fmean(band))
+
+
 def write(options: argparse.Namespace, losses: dict[str, list[float]], seconds: dict[str, float]) -> bool:
     ends, band, inside = judge(losses)
     task = TASKS[options.model]
@@ -220,6 +228,7 @@ def write(options: argparse.Namespace, losses: dict[str, list[float]], seconds: 
         "learning_rate": task.learning_rate,
         "mean_of_last_steps": ends,
         "band": band,
+        "decisive": decisive(losses, band),
         "seconds": seconds,
         "losses": losses,
     }
@@ -230,7 +239,7 @@ def write(options: argparse.Namespace, losses: dict[str, list[float]], seconds: 
     page = "\n".join(_page(options, about, inside)) + "\n"
     Path(f"{options.output}.md").write_text(page)
     print(page)
-    return all(inside.values())
+    return all(inside.values()) and about["decisive"]
 
 
 def _page(options: argparse.Namespace, about: dict[str, Any], inside: dict[str, bool]) -> Iterator[str]:
@@ -249,6 +258,11 @@ def _page(options: argparse.Namespace, about: dict[str, Any], inside: dict[str, 
     yield f"{low:.4f} and {high:.4f}, where 99 of 100 further seeds of bf16 copies in one process would be, judged by"
     yield "those that ran."
     yield ""
+    if not about["decisive"]:
+        yield "**This decides nothing**: the seeds are so far apart that half of the band is more than"
+        yield f"{WIDEST:.0%} of the fall in loss, and a wrong curve could be inside. It takes more seeds, or a smaller"
+        yield "learning rate."
+        yield ""
     yield "| run | mean of the last steps | within the band |"
     yield "|---|---|---|"
     for name, end in about["mean_of_last_steps"].items():

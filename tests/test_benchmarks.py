@@ -156,3 +156,9 @@ def test_text_follows_its_grammars():
         }
         same = batch["next_sentence_label"][sample] == 0
         assert any((0, g) in fits and (1, g if same else 1 - g) in fits for g in (0, 1))
+
+
+def test_a_band_that_any_curve_is_inside_decides_nothing():
+    for spread, expected in ((0.01, True), (0.5, False)):
+        runs = {f"{loss_curve.COPIES} {i}": [5.0] + [2.0 + spread * i] * 30 for i in range(5)}
+        assert loss_curve.decisive(runs, loss_curve.judge(runs)[1]) is expected
