@@ -24,6 +24,7 @@ SECTION = "rannc_config"
 _ACCELERATE_KEYS = frozenset({"compute_environment", "distributed_type", "num_processes"})
 _SCHEDULES = ("auto", "gpipe", "1f1b", "interleaved")
 _RECOMPUTE = ("auto", "none", "blocks")
+_LOSS = ("auto", "fused", "split")
 _COSTS = ("auto", "measured", "analytic")
 _SHARD = ("auto", "none", "optimizer", "gradients", "parameters")
 DECIDED = ("stages", "replicas", "microbatches", "schedule", "recompute", "shard")
@@ -68,6 +69,14 @@ class RanncConfig:
 
     "none": nothing, as under DDP; "optimizer": optimizer state and masters (ZeRO-1); "gradients" (ZeRO-2);
     "parameters" (ZeRO-3, fully sharded). "auto": the planner chooses per stage.
+    """
+
+    loss: Literal["auto", "fused", "split"] = "auto"
+    """Where the loss of training is computed.
+
+    "fused": by the model, as part of the pipeline, which returns it alone; "split": by the script, from outputs that
+    the model returns (its own loss among them, if it has labels); all forwards then run before all backwards. "auto":
+    fused where the model returns a loss for the batch.
     """
 
     costs: Literal["auto", "measured", "analytic"] = "auto"
@@ -128,6 +137,7 @@ class RanncConfig:
         _check_choice("schedule", self.schedule, _SCHEDULES)
         _check_choice("recompute", self.recompute, _RECOMPUTE)
         _check_choice("shard", self.shard, _SHARD)
+        _check_choice("loss", self.loss, _LOSS)
         if not isinstance(self.deferred_init, bool):
             _refuse("deferred_init", self.deferred_init, "true or false")
         for name in ("compile", "progress"):

@@ -17,6 +17,7 @@ FULL = {
     "microbatches": 8,
     "schedule": "gpipe",
     "recompute": "blocks",
+    "loss": "split",
     "shard": "optimizer",
     "costs": "measured",
     "memory_limit_gib": 12.5,

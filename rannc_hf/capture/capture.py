@@ -26,22 +26,30 @@ from .passes.per_sample import SAMPLES, merge, spec
 from .passes.preamble import copy_outputs, mark_gradients, mark_preamble
 from .passes.regions import inline_regions
 from .state import preserved
-from .watch import find_loss
+from .watch import Losses, find_loss, is_loss
 
 
 def capture(
-    model: nn.Module, batch: Mapping[str, Any], *, dtype: torch.dtype | None = None, training: bool = True
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    training: bool = True,
+    loss: Losses = "fused",
 ) -> Graph:
     """Capture one step ``model(**batch)`` as a `Graph` that holds for any number of samples.
 
     Nothing is computed and no weight is allocated: the model may live on the meta device or hold fake tensors, and of
-    the batch only shapes and dtypes matter. A training graph computes the loss alone; an evaluation graph all outputs.
+    the batch only shapes and dtypes matter. A training graph computes the model's loss alone, or, where the loss is
+    computed outside of it (`Graph.split`), all outputs, as an evaluation graph does.
 
     Args:
         model: any module. It is left as it was: parameters, buffers, modes and attributes.
         batch: arguments of `forward` by name; tensors have the samples in dimension 0. Nones are left out.
         dtype: dtype of the floating parameters in the graph; None for their own.
         training: the mode to capture the model in.
+        loss: of a training graph: "fused", the model's own; "split", computed outside; "auto", the model's own where it
+            returns one.
 
     Raises:
         CaptureError: the message names the operation, the module it is in, and what to try.
@@ -57,7 +65,9 @@ def capture(
             # What is recomputed is up to the plan.
             if getattr(module, "gradient_checkpointing", False):
                 module.__dict__["gradient_checkpointing"] = False
-        small, large = (_step(export_step(model, inputs, n, total, dtype), model, batch, training) for n in SAMPLES)
+        small, large = (
+            _step(export_step(model, inputs, n, total, dtype, loss), model, batch, training, loss) for n in SAMPLES
+        )
     merge(small.graph, large.graph, (small.export.constants, large.export.constants))
     return _finish(small, model, training)
 
@@ -71,13 +81,15 @@ class _Step:
     """Path of each output to the node that the model returned."""
     loss: str | None
     """The path of the loss."""
+    split: bool
+    """Whether a training step's loss is computed outside of it."""
 
     @property
     def graph(self) -> fx.Graph:
         return self.export.module.graph
 
 
-def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: bool) -> _Step:
+def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: bool, losses: Losses) -> _Step:
     structure = pytree.tree_unflatten(list(export.output_names), export.output_spec)
     leaves, _ = pytree.tree_flatten_with_path(structure)
     paths = {_path(keys): name for keys, name in leaves if isinstance(name, str)}
@@ -87,11 +99,12 @@ def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: 
     values = dict(zip(export.output_names, output.args[0][-len(export.output_names) :]))
     value = values[loss].meta["val"] if isinstance(loss, str) else None
     loss_path = next((p for p, name in paths.items() if name == loss), None)
-    if value is None or value.dim() != 0 or not value.is_floating_point():
-        if training:
+    split = training and (losses == "split" or (losses == "auto" and not is_loss(value)))
+    if not is_loss(value):
+        if training and not split:
             raise CaptureError(_refuse_loss(model, batch, value))
         loss_path = None
-    if training:
+    if training and not split:
         assert loss_path is not None
         paths = {"loss": paths[loss_path]}
         loss_path = "loss"
@@ -102,7 +115,7 @@ def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: 
     functionalize(graph, export.fake_mode, export.buffer_inputs, export.parameter_inputs)
     drop_lifts(graph)
     drop_dead(graph)
-    return _Step(export, paths, loss_path)
+    return _Step(export, paths, loss_path, split)
 
 
 def _finish(step: _Step, model: nn.Module, training: bool) -> Graph:
@@ -117,7 +130,7 @@ def _finish(step: _Step, model: nn.Module, training: bool) -> Graph:
     counts = Counts(graph, preamble, export.fake_mode)
     count_samples(counts)
     sums = globalize(graph, counts, by_path[step.loss] if step.loss is not None else None)
-    if not training:
+    if not training or step.split:
         copy_outputs(graph, preamble)
     _mark_needs_grad(graph, {p for p, n in names.items() if specs[n].trainable})
     # Outputs may have been replaced by their global form.
@@ -144,6 +157,7 @@ def _finish(step: _Step, model: nn.Module, training: bool) -> Graph:
         output_leaves=_leaves(step),
         sums=frozenset(n.name for n in sums if n.name in live),
         structural_hash=_hash(blocks, specs),
+        split=step.split,
     )
     if training:
         _check_gradients(result, export.gradients)
@@ -168,7 +182,10 @@ def _leaves(step: _Step) -> tuple[str | None, ...]:
 def _refuse_loss(model: nn.Module, batch: Mapping[str, Any], value: torch.Tensor | None) -> str:
     text = f"{type(model).__name__} returns no loss for a batch with the fields {sorted(batch)}"
     if value is None:
-        return f"{text}: pass labels, or return the loss as `loss`, as the first output, or as the only output"
+        return (
+            f"{text}: pass labels, or return the loss as `loss`, as the first output, or as the only output; or leave "
+            "the option `loss` at auto, for a loss that the script computes from the outputs"
+        )
     return (
         f"{text}: its `loss`, or first or only output, is not a floating scalar, but {value.dtype} of shape "
         f"{tuple(value.shape)} for {SAMPLES[0]} samples; pass labels if it takes any, and return the sum or mean of "
@@ -218,15 +235,17 @@ def _mark_needs_grad(graph: fx.Graph, trainable: set[str]) -> None:
 
 def _check_gradients(graph: Graph, expected: frozenset[str]) -> None:
     """Compare where the graph leads the loss's gradient with where autograd did."""
-    assert graph.loss is not None
-    if not graph.values[graph.loss].needs_grad:
-        raise CaptureError("the loss depends on no trainable parameter: check requires_grad, and what forward uses")
+    what = "no output" if graph.split else "the loss"
+    if not any(graph.values[name].needs_grad for name in graph.differentiated):
+        does = "depends on a" if graph.split else "depends on no"
+        raise CaptureError(f"{what} {does} trainable parameter: check requires_grad, and what forward uses")
     found = graph.gradient_parameters()
     wrong = sorted(expected ^ found)
     if wrong:
         raise CaptureError(
             f"the captured step would {'not ' if wrong[0] in expected else ''}give a gradient to '{wrong[0]}' "
-            f"({len(wrong)} parameters differ), unlike the model itself: an operation between it and the loss is "
+            f"({len(wrong)} parameters differ), unlike the model itself: an operation between it and "
+            f"{'an output' if graph.split else 'the loss'} is "
             "captured without its backward"
         )
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from .ambient import no_autocast, plain_context
 from .errors import CaptureError
 from .state import fake_state
-from .watch import Watch
+from .watch import Losses, Watch
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,16 @@ class Export:
     output_spec: pytree.TreeSpec
     fake_mode: FakeTensorMode
     gradients: frozenset[str]
-    """Parameters that autograd leads the loss's gradient to, as it saw the forward run."""
+    """Parameters that autograd leads the gradient of the loss, or of all outputs, to, as it saw the forward run."""
 
 
 def export_step(
-    model: nn.Module, batch: Mapping[str, Any], samples: int, total: int, dtype: torch.dtype | None
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    samples: int,
+    total: int,
+    dtype: torch.dtype | None,
+    loss: Losses = "fused",
 ) -> Export:
     """Export `model(**batch)` with `samples` samples instead of the `total` that `batch` holds.
 
@@ -50,7 +55,7 @@ def export_step(
     """
     # Constants that forward makes from numbers are real tensors.
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    watch = Watch(model)
+    watch = Watch(model, loss)
     with plain_context():
         with fake_mode:
             inputs = {

@@ -8,7 +8,7 @@ holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -128,16 +128,28 @@ class Graph:
     """Values that are sums over the samples of a slice: those of all slices add up to that of the whole batch."""
     structural_hash: str = field(default="")
     """Hash of the parameters and of which block uses which; a plan is bound to it."""
+    split: bool = False
+    """Whether this is a training step whose loss is computed outside, from any of its outputs."""
 
     def producer(self, value: str) -> int:
         """Index of the block that computes `value`."""
         return self._producers[value]
 
-    def gradient_parameters(self) -> frozenset[str]:
-        """Parameters that the loss sends a gradient to; the others' `.grad` stays None, as in plain training."""
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        """Values where the backward of a training step begins: the loss, or all outputs where it is split."""
+        if self.split:
+            return tuple(dict.fromkeys(v for v in self.outputs.values() if self.values[v].needs_grad))
+        return (self.loss,) if self.loss is not None else ()
+
+    def gradient_parameters(self, values: Collection[str] | None = None) -> frozenset[str]:
+        """Parameters that `values`, by default all that are differentiated, send a gradient to.
+
+        The others' `.grad` stays None, as in plain training.
+        """
         by_name = {n.name: n for n in self.fx_graph.nodes}
         seen: set[fx.Node] = set()
-        stack = [by_name[self.loss]] if self.loss is not None else []
+        stack = [by_name[name] for name in (self.differentiated if values is None else values)]
         while stack:
             node = stack.pop()
             if node not in seen and node.meta.get("needs_grad"):

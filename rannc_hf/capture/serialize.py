@@ -89,6 +89,7 @@ def _pack(graph: Graph) -> dict[str, Any]:
         "preamble": sorted(graph.preamble),
         "sums": sorted(graph.sums),
         "structural_hash": graph.structural_hash,
+        "split": graph.split,
     }
 
 
@@ -112,6 +113,7 @@ def _unpack(data: dict[str, Any], constants: Mapping[str, torch.Tensor], outputs
         output_leaves=tuple(data["output_leaves"]),
         sums=frozenset(data["sums"]),
         structural_hash=data["structural_hash"],
+        split=data["split"],
         **{field: data[field] for field in _MAPS},
     )
 

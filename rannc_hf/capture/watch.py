@@ -1,17 +1,21 @@
-"""Watch a forward while it is exported: which module is running, and where autograd takes the loss's gradient."""
+"""Watch a forward while it is exported: which module is running, and where autograd takes gradients of its outputs."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, source_line
+
+Losses = Literal["auto", "fused", "split"]
+"""Where the loss of a training step is computed: by the model, outside of it, or by the model where it returns one."""
 
 _HINTS = """What to try:
  - pass the fields that decide the branch or the shape as fixed values, or pad batches so that they are always equal;
@@ -24,10 +28,13 @@ _EXACT = ("transformers.models.bloom.modeling_bloom.GeLUFunction",)
 
 
 class Watch:
-    """A context around the export of `model`. Afterwards `gradients` names the parameters the loss depends on."""
+    """A context around the export of `model`.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    Afterwards `gradients` names the parameters that the loss depends on, or any output where `loss` is not the model's.
+    """
+
+    def __init__(self, model: nn.Module, loss: Losses = "fused") -> None:
+        self._model, self._losses = model, loss
         # Export puts a proxy in the place of a module that is used twice; it shares the module's attributes.
         self._names = {id(vars(m)): n for n, m in model.named_modules()}
         self._stack: list[nn.Module] = []
@@ -56,13 +63,14 @@ class Watch:
     def _follow(self, output: Any) -> None:
         """Read off autograd's own graph what the exported one will be compared with."""
         loss = find_loss(output)
-        if not isinstance(loss, torch.Tensor) or loss.grad_fn is None:
-            return
+        inside = self._losses == "fused" or (self._losses == "auto" and is_loss(loss))
+        values = [loss] if inside else pytree.tree_leaves(output)
+        starts = [v.grad_fn for v in values if isinstance(v, torch.Tensor) and v.grad_fn is not None]
         names: dict[int, str] = {}
         for name, parameter in self._model.named_parameters():
             names[id(parameter)] = name
         found = set()
-        for step in _history(loss.grad_fn):
+        for step in _history(starts):
             if isinstance(step, BackwardCFunction) and _name(step) not in _EXACT:
                 raise CaptureError(_refuse_function(_name(step)))
             variable = getattr(step, "variable", None)
@@ -94,9 +102,14 @@ def find_loss(outputs: Any) -> Any:
     return getattr(outputs, "loss", outputs)
 
 
-def _history(start: Any) -> Iterator[Any]:
-    seen = {start}
-    stack = [start]
+def is_loss(value: Any) -> bool:
+    """Whether a value is a loss to differentiate: a floating scalar."""
+    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def _history(starts: Iterable[Any]) -> Iterator[Any]:
+    stack = list(dict.fromkeys(starts))
+    seen = set(stack)
     while stack:
         step = stack.pop()
         yield step

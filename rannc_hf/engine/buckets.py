@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -126,14 +126,19 @@ class Bucket:
         return found if found is not None else torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
-    def publish(self, scale: torch.Tensor) -> None:
-        """Set (or add to) `.grad` of the user's parameters: the gradient of this step times `scale`."""
+    def publish(self, scale: torch.Tensor, only: Collection[str]) -> None:
+        """Set (or add to) `.grad` of the user's parameters: the gradient of this step times `scale`.
+
+        Those that are not in `only` are left alone.
+        """
         if not self.spec.trainable:
             return
         if self.owned:
             assert self.gradient is not None
             multiply(self.gradient, scale)
             for key, parameter in self.parameters.items():
+                if key not in only:
+                    continue
                 view = self.view(self.gradient, key)
                 if parameter.grad is None:
                     parameter.grad = view

@@ -65,6 +65,8 @@ class Step:
     outputs: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Of each microbatch, values of this rank's stages that have not been sent to all who need them."""
     input_gradients: dict[Slot, dict[str, torch.Tensor]] = field(default_factory=dict)
+    output_gradients: Mapping[Slot, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    """Gradients of the user's outputs, by the backward they are for, where the user computes the loss from them."""
 
 
 class Executor:
@@ -75,11 +77,23 @@ class Executor:
     ) -> None:
         self.program, self.plan, self.store = program, plan, store
         self.transport, self.device = transport, device
-        self._loss, self._loss_stage = program.graph.loss, program.loss_stage
+        self._loss, self._loss_stage = program.graph.loss, None if program.graph.split else program.loss_stage
         self._parameters = [frozenset(p for block in part.blocks for p in block.parameters) for part in program.stages]
 
     def run(self, instructions: Sequence[Instruction], step: Step) -> None:
         """Run this rank's `instructions` for `step`. Raises `TransportError` when another rank does not answer."""
+        try:
+            self.perform(instructions, step)
+        finally:
+            self.clear(step)
+
+    def clear(self, step: Step) -> None:
+        """Forget what is left of a step, at its end or after an error."""
+        for compute in {id(c): c for own in step.compute.values() for c in own}.values():
+            compute.clear()
+
+    def perform(self, instructions: Sequence[Instruction], step: Step) -> None:
+        """As `run`, for a part of a step: what microbatches keep for the rest of it stays."""
         handlers: dict[ActionKind, Callable[[Instruction, Step], None]] = {
             ActionKind.RECV_ACT: self._receive_activations,
             ActionKind.FORWARD: self._forward,
@@ -89,14 +103,10 @@ class Executor:
             ActionKind.SEND_GRAD: self._send_gradients,
             ActionKind.REDUCE_GRAD: self._reduce_gradients,
         }
-        try:
-            for instruction in instructions:
-                handlers[instruction.kind](instruction, step)
-            self.transport.drain()
-            self.store.compute.settle()
-        finally:
-            for compute in {id(c): c for own in step.compute.values() for c in own}.values():
-                compute.clear()
+        for instruction in instructions:
+            handlers[instruction.kind](instruction, step)
+        self.transport.drain()
+        self.store.compute.settle()
 
     # -- compute -------------------------------------------------------------------------------------------------
 
@@ -130,6 +140,11 @@ class Executor:
             assert self._loss is not None
             loss = step.losses[index]
             gradients[self._loss] = torch.ones_like(loss) if step.scale is None else step.scale.to(loss.dtype)
+        for name, own in step.output_gradients.get(instruction.slot, {}).items():
+            gradients[name] = gradients[name] + own if name in gradients else own
+        if instruction.start == instruction.stop:
+            # It has computed some other sample, which is none of its own.
+            gradients.clear()
         step.input_gradients[instruction.slot] = step.compute[stage][index].backward(index, gradients)
 
     def _reduce_gradients(self, instruction: Instruction, step: Step) -> None:

@@ -82,7 +82,8 @@ class Preparation:
         self.program, self.plan, self.rank = program, plan, rank
         self.held = held_stages(plan, rank)
         self._edges: Mapping[tuple[int, int], Edge] = {(e.producer, e.consumer): e for e in program.edges}
-        self._wanted = frozenset() if program.graph.training else frozenset(program.graph.outputs.values())
+        graph = program.graph
+        self._wanted = frozenset(graph.outputs.values() if graph.split or not graph.training else ())
         self._last: dict[str, int] = {}
         for edge in program.edges:
             for value in edge.values:

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from rannc_hf.capture import Graph, capture
+from rannc_hf.capture.watch import Losses
 from rannc_hf.engine.batch import GlobalBatch
 
 
 class Lengths:
     """Knows which dimensions of which outputs grow with which dimension of the batch.
 
-    It is found by capturing the evaluation once more with another length, once for each set of fields.
+    It is found by capturing the step once more with another length, once for each set of fields.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
@@ -41,7 +42,7 @@ class Lengths:
 
     def _growth(self, batch: GlobalBatch, graph: Graph, field: str, dim: int) -> dict[str, dict[int, int]]:
         """For each output, its dimensions that grow with dimension `dim` of `field`, and by how much."""
-        key = (tuple(sorted(batch.fields)), field, dim)
+        key = (graph.training, tuple(sorted(batch.fields)), field, dim)
         if key not in self._cache:
             length = batch.fields[field].shape[dim]
             shorter = length - max(1, length // 2) if length > 1 else 2
@@ -50,7 +51,8 @@ class Lengths:
             for name in alike:
                 shape = list(fields[name].shape)
                 fields[name] = fields[name].new_empty([shorter if d == dim else n for d, n in enumerate(shape)])
-            other = capture(self._model, fields, dtype=self._dtype, training=False)
+            losses: Losses = "split" if graph.split else "fused"
+            other = capture(self._model, fields, dtype=self._dtype, training=graph.training, loss=losses)
             self._cache[key] = {
                 path: _differences(graph, other, path, length - shorter)
                 for path in graph.outputs

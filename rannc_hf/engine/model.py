@@ -20,12 +20,13 @@ from rannc_hf.engine.deferred import refuse_unknown
 from rannc_hf.engine.lengths import Lengths
 from rannc_hf.engine.meter import Meter
 from rannc_hf.engine.optimizer import OptimizerMap
-from rannc_hf.engine.outputs import evaluation_output, training_output
+from rannc_hf.engine.outputs import own_output, training_output
 from rannc_hf.engine.parameters import ParameterStore
 from rannc_hf.engine.planning import find_plan_here
 from rannc_hf.engine.program import place
-from rannc_hf.engine.runtime import Runtime, describe_shapes
-from rannc_hf.engine.setup import capture_agreed, plan_agreed
+from rannc_hf.engine.runtime import Runtime, describe_shapes, separate_random_state
+from rannc_hf.engine.setup import capture_agreed, check_trained, plan_agreed
+from rannc_hf.engine.split import Driver, split_outputs
 from rannc_hf.engine.transport import Transport
 from rannc_hf.partition.plan import Plan
 
@@ -38,7 +39,9 @@ class RanncModel(nn.Module):
 
     - In training, ``model(**batch)`` runs all forwards and backwards and returns the loss over the *global* batch;
       ``loss.backward()`` publishes the gradients, times the gradient it receives, into ``.grad``.
-    - Under ``model.eval()`` it runs forwards and returns the outputs of this rank's own samples.
+    - Where the model returns no loss, or the option `loss` is "split", it runs the forwards and returns the outputs of
+      this rank's own samples; backward of what the script computes from them runs the backwards and publishes.
+    - Under ``model.eval()`` it runs forwards and returns the outputs of this rank's own samples, without gradients.
 
     Args:
         module: any model. Its parameters stay the same objects: those of other ranks are emptied. Parameters built
@@ -95,11 +98,12 @@ class RanncModel(nn.Module):
             getattr(model_config, "max_position_embeddings", None),
         )
         self._lengths = Lengths(module, compute_dtype)
+        self._driver = Driver()
         self._at_partition: dict[str, Callable[[], None]] = {}
         self._runtimes: dict[Any, Runtime] = {}
         self._planned_key: Any = None
         self._steps = 0
-        self._unpublished: int | None = None
+        self._unpublished: tuple[int, frozenset[str]] | None = None
         self._held_scale: torch.Tensor | None = None
         self.training = module.training
 
@@ -110,7 +114,7 @@ class RanncModel(nn.Module):
 
     @autocast_off()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss (training) or all outputs (evaluation) for this rank's shard of the global batch. Collective."""
+        """The loss over the global batch, or all outputs of this rank's own samples: see the class. Collective."""
         if self.training:
             self.meter.begin()
         else:
@@ -123,15 +127,21 @@ class RanncModel(nn.Module):
         runtime = self._runtime(gathered)
         self.store.refresh()
         self._steps += 1
-        with _separate_random_state(runtime.graph, self.device):
-            if not self.training:
-                outputs = runtime.evaluate(gathered, self._steps)
+        with separate_random_state(runtime.graph, self.device):
+            if runtime.graph.split or not self.training:
+                outputs = (
+                    runtime.evaluate(gathered, self._steps)
+                    if not self.training
+                    else split_outputs(runtime, gathered, self._steps, self._driver, self._forget)
+                )
+                if self.training:
+                    self.meter.ran(gathered.samples, gathered.tokens, None, steady=len(self._runtimes) == known)
                 own = self._lengths.unpad(outputs, gathered, runtime.graph)
-                return evaluation_output(runtime.graph, own)
+                return own_output(runtime.graph, own)
             self._held_scale = self._gradient_scale()
             loss = runtime.train(gathered, self._steps, self._held_scale)
         self.meter.ran(gathered.samples, gathered.tokens, loss, steady=len(self._runtimes) == known)
-        self._unpublished = self._steps
+        self._unpublished = self._steps, runtime.trained(runtime.graph.differentiated)
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         return training_output(runtime.graph, _Publish.apply(anchor, loss, self, self._steps))
 
@@ -158,14 +168,18 @@ class RanncModel(nn.Module):
 
     def publish(self, scale: torch.Tensor, step: int) -> None:
         """Give the gradients of step `step`, times `scale`, to the parameters. Called by ``loss.backward()``."""
-        if self._unpublished != step:
+        if self._unpublished is None or self._unpublished[0] != step:
             raise RuntimeError(
                 "backward was called for a loss whose gradients are gone: call loss.backward() once for each loss, "
                 "before the next forward of the model"
             )
         assert self.store is not None
+        trained, self._unpublished = self._unpublished[1], None
+        self.store.publish(scale if self._held_scale is None else scale / self._held_scale, trained)
+
+    def _forget(self) -> None:
+        """Another backward takes the place of gradients that were not published."""
         self._unpublished = None
-        self.store.publish(scale if self._held_scale is None else scale / self._held_scale)
 
     def _gradient_scale(self) -> torch.Tensor | None:
         """What the gradients of this step are multiplied by until they are published; None for 1."""
@@ -199,7 +213,7 @@ class RanncModel(nn.Module):
     # -- partition -----------------------------------------------------------------------------------------------
 
     def _partition(self, batch: GlobalBatch) -> None:
-        graph = capture_agreed(self.transport, self.module, batch.fields, self.compute_dtype, training=True)
+        graph = self._capture(batch, training=True)
         planner = self._planner or partial(self._find_plan, batch=batch)
         plan = plan_agreed(self.transport, graph, self.config, batch.samples, planner)
         self.store = ParameterStore(self.module, graph, plan, self.transport, self.device, self.compute_dtype)
@@ -224,16 +238,17 @@ class RanncModel(nn.Module):
         if key not in self._runtimes:
             assert self.plan is not None and self.graph is not None and self.store is not None
             planned = key == self._planned_key
-            graph = (
-                self.graph
-                if planned
-                else capture_agreed(self.transport, self.module, batch.fields, self.compute_dtype, self.training)
-            )
+            graph = self.graph if planned else self._capture(batch, self.training)
+            if self.training and not planned:
+                check_trained(graph, self.graph, self.plan, self.transport.rank)
             program = place(graph, self.plan, self.graph)
             self._runtimes[key] = Runtime(
                 program, self.plan, self.module, self.store, self.transport, self.device, self.config, planned
             )
         return self._runtimes[key]
+
+    def _capture(self, batch: GlobalBatch, training: bool) -> Graph:
+        return capture_agreed(self.transport, self.module, batch.fields, self.compute_dtype, training, self.config.loss)
 
     def _cast_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Floating inputs (images, audio) in the precision the model computes in; targets keep theirs."""
@@ -340,16 +355,6 @@ class _Publish(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None]:
         ctx.model.publish(gradients[0], ctx.step)
         return None, None, None, None
-
-
-@contextlib.contextmanager
-def _separate_random_state(graph: Graph, device: torch.device) -> Iterator[None]:
-    """Blocks seed their own random numbers; the user's generators continue as if they had not."""
-    if not any(block.random for block in graph.blocks):
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
-        yield
 
 
 def _default_transport(config: RanncConfig, device: torch.device) -> Transport:

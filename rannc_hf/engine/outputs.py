@@ -1,9 +1,8 @@
-"""What the user gets back: outputs of evaluation go to the rank that owns the samples, in the model's own structure."""
+"""What the user gets back, in the model's own structure: the loss of training, or all outputs of a rank's samples."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,6 @@ from torch.utils import _pytree as pytree
 from transformers.utils import ModelOutput
 
 from rannc_hf.capture.graph import Graph
-from rannc_hf.engine.executor import Executor, Step
-from rannc_hf.engine.program import Program
-from rannc_hf.engine.routes import slices
-from rannc_hf.engine.transport import FORWARD, Channel, Pending
-
-USER = -1
-"""Stands for the user in a channel, where another stage would be the consumer."""
 
 
 @dataclass
@@ -33,10 +25,36 @@ class TrainingOutput(ModelOutput):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise AttributeError(
-            f"'{name}' is not returned in training: the model runs in pipeline stages and returns the loss alone. "
-            f"Read outputs.loss, or get '{name}' under model.eval() and torch.no_grad()"
-        )
+        raise AttributeError(_not_returned(f"'{name}'"))
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str) and key != "loss":
+            raise KeyError(_not_returned(f"'{key}'"))
+        return super().__getitem__(key)
+
+
+class _LossOnly(dict[str, Any]):
+    """A dict with the loss, for models that return plain dicts."""
+
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(_not_returned(f"'{key}'"))
+
+
+class _LossAlone(tuple[Any, ...]):
+    """A tuple with the loss, for models that return tuples."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int) and not -1 <= index < 1:
+            raise IndexError(_not_returned(f"output {index}"))
+        return super().__getitem__(index)
+
+
+def _not_returned(what: str) -> str:
+    return (
+        f"{what} is not returned in training: the model runs in pipeline stages, backward included, and returns its "
+        "loss alone. To compute a loss from the outputs, set `loss: split` in the rannc config, or leave the labels "
+        f"out of the batch; to look at {what}, call the model under model.eval() and torch.no_grad()"
+    )
 
 
 def training_output(graph: Graph, loss: torch.Tensor) -> Any:
@@ -46,63 +64,15 @@ def training_output(graph: Graph, loss: torch.Tensor) -> Any:
     if isinstance(placeholder, ModelOutput):
         return TrainingOutput(loss=loss)
     if isinstance(placeholder, Mapping):
-        return {"loss": loss}
+        return _LossOnly(loss=loss)
     if isinstance(placeholder, (tuple, list)):
-        return (loss,)
+        return _LossAlone((loss,))
     return loss
 
 
-def evaluation_output(graph: Graph, outputs: Mapping[str, torch.Tensor]) -> Any:
+def own_output(graph: Graph, outputs: Mapping[str, torch.Tensor]) -> Any:
     """Outputs in the structure of the model; floating ones in at least fp32, as under autocast in accelerate."""
     assert graph.output_spec is not None
     leaves = [outputs.get(path) if path is not None else None for path in graph.output_leaves]
     wide = [v.float() if v is not None and v.dtype in (torch.bfloat16, torch.float16) else v for v in leaves]
     return pytree.tree_unflatten(wide, graph.output_spec)
-
-
-def output_channels(program: Program, world_size: int) -> dict[Channel, tuple[int, ...]]:
-    """A channel from each stage with outputs to all ranks."""
-    everyone = tuple(range(world_size))
-    return {Channel(stage, USER, FORWARD): everyone for stage, _ in program.user_outputs.values()}
-
-
-def deliver(executor: Executor, step: Step, owners: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Send every microbatch's outputs to its owner (`owners[i]` for microbatch i); this rank's own, by path.
-
-    Samples are in order; losses and other sums over samples are summed over their parts. All ranks go through the
-    messages in one order, as channels require.
-    """
-    transport, plan, graph = executor.transport, executor.plan, executor.program.graph
-    parts: dict[str, list[torch.Tensor]] = defaultdict(list)
-    pending: list[Pending] = []
-    for microbatch, owner in zip(step.microbatches, owners):
-        for path, (stage, value) in executor.program.user_outputs.items():
-            spec = graph.values[value]
-            channel = Channel(stage, USER, FORWARD)
-            what = f"output {path} of microbatch {microbatch.index} for rank {owner}"
-            spans = slices(microbatch.samples, plan.stages[stage].replicas)
-            held = [(plan.stages[stage].ranks[i], b - a) for i, (a, b) in enumerate(spans) if b > a]
-            # A sum over samples comes in parts from every replica; what all samples share comes from the first.
-            everyone = spec.batch_dim is not None or value in graph.sums
-            for source, samples in held if everyone else held[:1]:
-                mine = step.outputs[microbatch.index][value] if source == transport.rank else None
-                if owner != transport.rank:
-                    if mine is not None:
-                        transport.send(channel, owner, mine.contiguous(), what)
-                    continue
-                if mine is None:
-                    mine = torch.empty(spec.at(samples), dtype=spec.dtype, device=executor.device)
-                    pending.append(transport.recv(channel, source, mine, what))
-                parts[path].append(mine)
-    for arrival in pending:
-        arrival.wait()
-    transport.drain()
-    return {path: _join(graph, path, found) for path, found in parts.items()}
-
-
-def _join(graph: Graph, path: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    value = graph.outputs[path]
-    batch_dim = graph.values[value].batch_dim
-    if batch_dim is not None:
-        return torch.cat(list(parts), batch_dim)
-    return torch.stack(list(parts)).sum(0) if value in graph.sums else parts[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -107,10 +108,10 @@ class ParameterStore:
         """Reduce what has not been reduced yet, and wait for all reductions."""
         self._reducer.finish()
 
-    def publish(self, scale: torch.Tensor) -> None:
-        """Hand this step's gradients, times `scale`, to the user's parameters."""
+    def publish(self, scale: torch.Tensor, only: Collection[str]) -> None:
+        """Hand this step's gradients, times `scale`, to the user's parameters in `only`."""
         for bucket in self.buckets:
-            bucket.publish(scale)
+            bucket.publish(scale, only)
 
     @torch.no_grad()
     def norm(self, norm_type: float) -> torch.Tensor:

@@ -46,7 +46,9 @@ def find_plan_here(
     local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
     cluster = Cluster.here(world_size, local, device.type)
     tensors = {name: value for name, value in batch.fields.items() if isinstance(value, torch.Tensor)}
-    running = graph_to_run(graph, batch.unpadded, partial(labelled_share, graph, tensors, batch.samples))
+    # Where the script computes the loss, the outputs have all rows.
+    labelled = None if graph.split else partial(labelled_share, graph, tensors, batch.samples)
+    running = graph_to_run(graph, batch.unpadded, labelled)
     costs, _ = costs_of(running, cluster.device, device, batch.samples, config.costs)
     plan = find_plan(running, costs, cluster, batch.samples, config)
     if costs.source == "measured" and wants_compiled(config, device):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -13,14 +14,14 @@ from rannc_hf.capture.graph import Graph
 from rannc_hf.capture.passes.masks import unmask
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine.batch import GlobalBatch
+from rannc_hf.engine.delivery import deliver, find_routes, output_channels
 from rannc_hf.engine.executor import Executor, Microbatch, Step, channels, part_of
 from rannc_hf.engine.functions import Compilation, Functions, wants_compiled
 from rannc_hf.engine.instructions import Instruction, Preparation
-from rannc_hf.engine.outputs import deliver, output_channels
 from rannc_hf.engine.parameters import ParameterStore
 from rannc_hf.engine.program import Program, StageProgram
 from rannc_hf.engine.routes import microbatch_sizes, nominal_slices, slices
-from rannc_hf.engine.schedule import Action, lower, lower_forward, validate
+from rannc_hf.engine.schedule import Action, lower, lower_backward, lower_forward, validate
 from rannc_hf.engine.stage import StageReplica
 from rannc_hf.engine.transport import Transport
 from rannc_hf.engine.variants import Variants
@@ -71,8 +72,10 @@ class Runtime:
         self._edges = {(e.producer, e.consumer): bool(e.gradients) for e in program.edges}
         self._lists: dict[int, list[Action]] = {}
         self._prepared: dict[tuple[int, ...], list[Instruction]] = {}
+        self._halves: dict[tuple[int, ...], tuple[list[Instruction], list[Instruction]]] = {}
+        self._trained: dict[tuple[str, ...], frozenset[str]] = {}
         opened = channels(program, plan)
-        if not self.graph.training:
+        if self.graph.split or not self.graph.training:
             opened |= output_channels(program, transport.world_size)
         transport.open(opened, store.reduce_groups)
 
@@ -81,8 +84,7 @@ class Runtime:
 
         scale: what the gradients, and not the loss, are multiplied by; None for 1.
         """
-        replicas = max(s.replicas for s in self.plan.stages)
-        sizes = microbatch_sizes(batch.samples, self.plan.batch_size, self.plan.microbatches, replicas)
+        sizes = self._planned(batch)
         microbatches = _consecutive(sizes)
         inputs, batched = self._inputs(batch)
         counts = self.counts(inputs, batched, 0, batch.samples)
@@ -95,7 +97,7 @@ class Runtime:
         step = Step(compute, microbatches, inputs, batched, everyone, number, train=True, scale=scale)
         self.store.begin_step()
         self.executor.run(self._instructions(sizes), step)
-        self._compilation.active = True
+        self.ran_once()
         assert self.graph.loss is not None
         loss = torch.zeros((), dtype=self.graph.values[self.graph.loss].dtype, device=self.device)
         for index in sorted(step.losses):
@@ -105,24 +107,81 @@ class Runtime:
 
     def evaluate(self, batch: GlobalBatch, number: int) -> dict[str, torch.Tensor]:
         """Outputs by path for this rank's own samples; the loss is that of this rank's samples."""
-        nominal = -(-self.plan.batch_size // self.plan.microbatches)
         inputs, batched = self._inputs(batch)
+        sizes, counts = self._by_owner(batch, inputs, batched)
+        step = Step(self._whole(batch, sizes), _consecutive(sizes), inputs, batched, counts, number, train=False)
+        routes = find_routes(self.executor, step.microbatches, batch.shards)
+        with torch.no_grad():
+            self.executor.run(self._instructions(sizes), step)
+            own = deliver(self.executor, step, routes, batch.shards)
+        return {path: own[value] for path, value in self.graph.outputs.items() if value in own}
+
+    def split_step(self, batch: GlobalBatch, number: int) -> Step:
+        """A step whose loss is computed from its outputs.
+
+        Where they depend on counts of samples or labels, those are the owner's, as under data parallel training, and a
+        microbatch has one owner.
+        """
+        inputs, batched = self._inputs(batch)
+        counts: list[Mapping[str, torch.Tensor]]
+        if self.graph.counts or not self.graph.sums.isdisjoint(self.graph.outputs.values()):
+            sizes, counts = self._by_owner(batch, inputs, batched)
+        else:
+            sizes = self._planned(batch)
+            counts = [{}] * len(sizes)
+        return Step(self._whole(batch, sizes), _consecutive(sizes), inputs, batched, counts, number, train=True)
+
+    def split_instructions(self, step: Step, *, backward: bool) -> list[Instruction]:
+        """This rank's instructions of the forwards, or of the backwards, of `split_step`."""
+        sizes = [microbatch.samples for microbatch in step.microbatches]
+        key = tuple(sizes)
+        if key not in self._halves:
+            if len(self._halves) == _MOST_PREPARED:
+                self._halves.clear()
+            stages, groups = len(self.plan.stages), self.plan.groups
+            forwards = lower_forward(stages, len(sizes), self._edges, len(groups))
+            backwards = lower_backward(stages, len(sizes), self._edges, len(groups))
+            both = [[*a, *b] for a, b in zip(forwards, backwards)]
+            validate(both, self._edges, len(sizes), training=True, groups=groups)
+            mine = groups.index(self.stages)
+            prepare = self._preparation.prepare
+            self._halves[key] = prepare(forwards[mine], sizes), prepare(backwards[mine], sizes)
+        return self._halves[key][backward]
+
+    def trained(self, values: tuple[str, ...]) -> frozenset[str]:
+        """Parameters that a loss computed from `values` sends a gradient to; others keep what they have."""
+        if values not in self._trained:
+            self._trained[values] = self.graph.gradient_parameters(values)
+        return self._trained[values]
+
+    def ran_once(self) -> None:
+        """After a training step: its shapes are worth compiling for."""
+        self._compilation.active = True
+
+    def _whole(self, batch: GlobalBatch, sizes: Sequence[int]) -> dict[int, list[StageReplica]]:
+        """What computes all rows of each microbatch, by stage."""
+        return {stage: [variants.whole(batch.unpadded)] * len(sizes) for stage, variants in self._variants.items()}
+
+    def _planned(self, batch: GlobalBatch) -> list[int]:
+        """Microbatches of the plan's size."""
+        replicas = max(s.replicas for s in self.plan.stages)
+        return microbatch_sizes(batch.samples, self.plan.batch_size, self.plan.microbatches, replicas)
+
+    def _by_owner(
+        self, batch: GlobalBatch, inputs: Mapping[str, torch.Tensor], batched: frozenset[str]
+    ) -> tuple[list[int], list[Mapping[str, torch.Tensor]]]:
+        """Microbatches, no larger than the plan's, of samples of one rank, and the graph's counts for that rank's."""
+        nominal = -(-self.plan.batch_size // self.plan.microbatches)
         sizes: list[int] = []
-        owners: list[int] = []
         counts: list[Mapping[str, torch.Tensor]] = []
         for rank, samples in enumerate(batch.shards):
             first = batch.first(rank)
             # A microbatch has one owner, so a mean over the owner's samples is exact for each of them.
             for start, stop in slices(samples, -(-samples // nominal)) if samples else ():
                 sizes.append(stop - start)
-                owners.append(rank)
             shard_counts = self.counts(inputs, batched, first, first + samples) if samples else {}
             counts += [shard_counts] * (len(sizes) - len(counts))
-        compute = {stage: [variants.whole(batch.unpadded)] * len(sizes) for stage, variants in self._variants.items()}
-        step = Step(compute, _consecutive(sizes), inputs, batched, counts, number, train=False)
-        with torch.no_grad():
-            self.executor.run(self._instructions(sizes), step)
-            return deliver(self.executor, step, owners)
+        return sizes, counts
 
     def _instructions(self, sizes: Sequence[int]) -> list[Instruction]:
         """This rank's actions for microbatches of `sizes` samples, ready to run."""
@@ -186,3 +245,13 @@ def describe_shapes(batch: GlobalBatch) -> tuple[Sequence[object], ...]:
         (k, tuple(v.shape[1:]) if k in batch.batched else tuple(v.shape), str(v.dtype)) for k, v in tensors.items()
     ]
     return (tuple(sorted(shapes)), tuple(sorted(plain.items())))
+
+
+@contextlib.contextmanager
+def separate_random_state(graph: Graph, device: torch.device) -> Iterator[None]:
+    """Blocks seed their own random numbers; the user's generators continue as if they had not."""
+    if not any(block.random for block in graph.blocks):
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,11 +10,14 @@ import torch
 from torch import nn
 
 from rannc_hf.capture import Graph, capture
+from rannc_hf.capture.watch import Losses
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine.transport import Transport
 from rannc_hf.partition.plan import Plan
+from rannc_hf.partition.schedules import SPLIT_SCHEDULE
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def agree(transport: Transport, what: str, work: Callable[[], T], signature: Callable[[T], Any] = lambda _: None) -> T:
@@ -46,15 +50,43 @@ def agree(transport: Transport, what: str, work: Callable[[], T], signature: Cal
 
 
 def capture_agreed(
-    transport: Transport, model: nn.Module, batch: dict[str, Any], dtype: torch.dtype | None, training: bool
+    transport: Transport,
+    model: nn.Module,
+    batch: dict[str, Any],
+    dtype: torch.dtype | None,
+    training: bool,
+    loss: Losses,
 ) -> Graph:
     """Capture on every rank, and make sure that all have the same graph."""
     return agree(
         transport,
         "capture of the model",
-        lambda: transport.once(lambda: capture(model, batch, dtype=dtype, training=training), "capture of the model"),
+        lambda: transport.once(
+            lambda: capture(model, batch, dtype=dtype, training=training, loss=loss), "capture of the model"
+        ),
         lambda graph: (graph.structural_hash, [block.key for block in graph.blocks]),
     )
+
+
+def check_trained(graph: Graph, planned: Graph, plan: Plan, rank: int) -> None:
+    """Check that `graph`, of a batch of other shapes or fields, can be trained by the plan for `planned`.
+
+    Raises:
+        ValueError: when it trains parameters that `planned` does not.
+    """
+    more = sorted(graph.gradient_parameters() - planned.gradient_parameters())
+    if more:
+        raise ValueError(
+            f"this batch trains '{more[0]}' ({len(more)} such parameters), which the first batch did not, and for that "
+            "one they were placed: begin with a batch whose outputs or loss use all parameters"
+        )
+    if graph.split and not planned.split and plan.schedule != SPLIT_SCHEDULE and rank == 0:
+        logger.warning(
+            "rannc: the model returns no loss for this batch, so the loss is the script's: all forwards run before the "
+            "backwards, which holds the activations of all microbatches, and the plan's schedule (%s) was chosen to "
+            "hold fewer",
+            plan.schedule,
+        )
 
 
 def plan_agreed(

@@ -86,6 +86,15 @@ class StageReplica:
             if spec.needs_grad
         }
 
+    def suspend(self) -> dict[int, tuple[int, list[_Kept]]]:
+        """Take out what microbatches keep for their backwards, which follow after other steps may have run."""
+        kept, self._in_flight = self._in_flight, {}
+        return kept
+
+    def resume(self, kept: dict[int, tuple[int, list[_Kept]]]) -> None:
+        """Go on with what `suspend` gave."""
+        self._in_flight.update(kept)
+
     def clear(self) -> None:
         """Forget microbatches under way, after an error."""
         self._in_flight.clear()
@@ -114,10 +123,12 @@ class _Kept:
     def backward(
         self, gradients: Sequence[torch.Tensor | None], sums: Sequence[torch.Tensor | None]
     ) -> Sequence[torch.Tensor | None]:
-        """Gradients of the block's inputs."""
-        if self._arguments is not None and any(g is not None for g in gradients):
-            _, self._kept = self._draw(self._arguments, True)
-        kept, self._kept, self._arguments = self._kept, None, None
+        """Gradients of the block's inputs; none at all where nothing depends on its outputs."""
+        kept, arguments, self._kept, self._arguments = self._kept, self._arguments, None, None
+        if all(gradient is None for gradient in gradients):
+            return ()
+        if arguments is not None:
+            _, kept = self._draw(arguments, True)
         return self._function.backward(kept, gradients, sums)
 
     def _draw(self, arguments: Sequence[torch.Tensor], keep: bool) -> tuple[tuple[torch.Tensor, ...], Any]:

@@ -6,7 +6,8 @@ state: masters, gradient sums, two moments and copies to compute with, by what t
 kept activations: what autograd keeps of a microbatch, or with recomputation the inputs of each block; and what was
 received. workspace: what one block needs while it runs, with recomputation also what it keeps, less what blocks after
 it do not hold then; and workspaces of libraries. transient: gradients and copies of a block that are not kept but are
-on their way to or from their owners (`transient`).
+on their way to or from their owners (`transient`). Where the script computes the loss from the outputs, gradients of
+these are kept with the activations, and each rank holds the outputs of its own samples besides.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from rannc_hf.capture.graph import Graph
+from rannc_hf.capture.graph import Block, Graph, ValueSpec
 from rannc_hf.cost.memory import parameter_bytes
 from rannc_hf.partition.shards import owners, shardable
 
@@ -98,6 +99,27 @@ def transient(shard: str, gradients: Number, copies: Number) -> Number:
     if shard in ("none", "optimizer"):
         return gradients * 0.0
     return gradients if shard == "gradients" else gradients + copies
+
+
+def returned_bytes(graph: Graph, block: Block, samples: int) -> int:
+    """Bytes of the outputs of `block` that the script computes the loss from; zero where the model computes it."""
+    if not graph.split:
+        return 0
+    return sum(graph.values[v].bytes_at(samples) for v in block.outputs if v in graph.outputs.values())
+
+
+def own_bytes(graph: Graph, samples: int) -> int:
+    """Bytes that a rank holds of the outputs of its own `samples`: these and their gradients, in fp32 as well."""
+    if not graph.split:
+        return 0
+    specs = [graph.values[v] for v in dict.fromkeys(graph.outputs.values())]
+    return sum(2 * (s.bytes_at(samples) + _wide_bytes(s, samples)) for s in specs)
+
+
+def _wide_bytes(spec: ValueSpec, samples: int) -> int:
+    """Bytes of the fp32 copy of an output in low precision."""
+    low = spec.dtype.is_floating_point and spec.dtype.itemsize < 4
+    return 4 // spec.dtype.itemsize * spec.bytes_at(samples) if low else 0
 
 
 def owned_elements_bound(elements: Floats, largest: Floats, replicas: Floats) -> Floats:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from rannc_hf.capture.disk import replace_file
 from rannc_hf.capture.graph import Graph
 from rannc_hf.partition.fields import PlanFieldError, read_dataclass
-from rannc_hf.partition.schedules import INTERLEAVED, SCHEDULES
+from rannc_hf.partition.schedules import INTERLEAVED, SCHEDULES, SPLIT_SCHEDULE
 from rannc_hf.partition.shards import SHARDS
 
 RECOMPUTE = ("none", "blocks")
@@ -151,6 +151,12 @@ class Plan:
                 "make a new plan for this model (leave `plan` out of the config, or run `rannc plan`)",
             )
         self.check_shape(len(graph.blocks), world_size)
+        if graph.split and self.schedule != SPLIT_SCHEDULE:
+            raise PlanFieldError(
+                "schedule",
+                f"is {self.schedule!r}, but the script computes the loss from the outputs, so that all forwards run "
+                f"before the backwards; make it {SPLIT_SCHEDULE!r}, which holds the activations of all microbatches",
+            )
 
     def check_shape(self, blocks: int, world_size: int) -> None:
         """Raise ValueError, naming the field, unless the plan runs `blocks` blocks once each on `world_size` ranks."""

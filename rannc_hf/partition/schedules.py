@@ -68,6 +68,8 @@ INTERLEAVED = "interleaved"
 _SINGLE: dict[str, Callable[[int, int, int], Order]] = {"gpipe": _gpipe, "1f1b": _one_f_one_b}
 """Name to (stage, stages, microbatches) to the computes of schedules in which each rank runs one stage."""
 SCHEDULES = (*_SINGLE, INTERLEAVED)
+SPLIT_SCHEDULE = "gpipe"
+"""How a step runs whose loss is computed outside of it (`Graph.split`): that needs all outputs before any gradient."""
 
 
 def compute_order(

@@ -38,7 +38,7 @@ def find_plan(
     models: dict[int, StageModel] = {}
     candidates = search(problem, models)
     outcomes = rank(models, candidates[:_SIMULATED])
-    if wants_interleaved(problem.config):
+    if not graph.split and wants_interleaved(problem.config):
         best_us = outcomes[0].simulation.step_us if outcomes else float("inf")
         outcomes = fastest_first([*outcomes, *interleaved(problem, models, best_us)])
     if not outcomes:

@@ -6,7 +6,7 @@ from rannc_hf.partition.candidate import Candidate
 from rannc_hf.partition.dp import best_candidates, even_candidates, fits
 from rannc_hf.partition.interleave import interleaved
 from rannc_hf.partition.problem import Problem
-from rannc_hf.partition.schedules import INTERLEAVED
+from rannc_hf.partition.schedules import INTERLEAVED, SPLIT_SCHEDULE
 from rannc_hf.partition.stages import StageModel
 from rannc_hf.partition.tables import Limits
 
@@ -31,6 +31,11 @@ def check_options(problem: Problem) -> None:
     )
     if batch < 1:
         raise ValueError(f"batch_size is {batch}, not a number of samples of at least 1")
+    if problem.graph.split and config.schedule not in ("auto", SPLIT_SCHEDULE):
+        raise ValueError(
+            f"rannc config: schedule={config.schedule!r} begins with backwards before all forwards are done, but the "
+            f"script computes the loss from the outputs of all; use {SPLIT_SCHEDULE!r}, or leave it out"
+        )
     if config.stages != "auto" and config.stages > min(size, blocks):
         raise ValueError(
             f"rannc config: stages={config.stages} is not possible with {size} devices and {blocks} blocks in the "
@@ -148,6 +153,8 @@ def _order(c: Candidate) -> tuple[object, ...]:
 
 def schedules(problem: Problem, microbatches: int) -> list[str]:
     """Schedules to try. With one microbatch they are the same."""
+    if problem.graph.split:
+        return [SPLIT_SCHEDULE]
     if problem.config.schedule != "auto":
         return [problem.config.schedule]
     return ["1f1b", "gpipe"] if microbatches > 1 else ["1f1b"]

@@ -28,7 +28,7 @@ from rannc_hf.cost.table import BlockCost
 from rannc_hf.partition.collectives import Half, consecutive_group, half
 from rannc_hf.partition.ends import Work, ends_of
 from rannc_hf.partition.exposure import Exposure
-from rannc_hf.partition.memory import Floats, owned_elements_bound
+from rannc_hf.partition.memory import Floats, own_bytes, owned_elements_bound, returned_bytes
 from rannc_hf.partition.placement import across_replicas
 from rannc_hf.partition.problem import Choice, Problem, Stage, Way
 
@@ -115,6 +115,12 @@ class StageModel:
 
         self.forward, self.backward, self.again = (rows(f"{name}_us") for name in ("forward", "backward", "again"))
         self.saved, self.output, self.workspace = rows("saved_bytes"), rows("output_bytes"), rows("workspace_bytes")
+        graph = problem.graph
+        returned = [[returned_bytes(graph, b, share) for b in graph.blocks] for share in self.shares]
+        self.returned = np.array(returned, dtype=np.float64)
+        """[replicas, block] bytes of the gradients of a microbatch's outputs, which come before the first backward."""
+        self.own = own_bytes(graph, -(-problem.batch_size // problem.cluster.size))
+        """Bytes of the outputs of a rank's own samples, and of their gradients."""
         sizes = problem.segments.sizes
         trained = ([sizes[p].copy for p in b.parameters if sizes[p].trained] for b in problem.graph.blocks)
         self.gradients = np.array([float(sum(each)) for each in trained])
@@ -168,18 +174,23 @@ class StageModel:
 
     def _base(self, i: int) -> Base:
         held, received = self.problem.segments.holdings, self.problem.segments.received
-        library = self.problem.cluster.device.library_bytes
+        constant = self.problem.cluster.device.library_bytes + self.own
         shares, r = np.array(self.shares)[:, None], np.array(self.replicas, dtype=np.float64)[:, None]
         arriving = received.constant[i, i:] + received.per_sample[i, i:] * shares
-        workspace, saved, output = (a[:, i:] for a in (self.workspace, self.saved, self.output))
+        workspace, saved, output, returned = (
+            a[:, i:] for a in (self.workspace, self.saved, self.output, self.returned)
+        )
         # With recomputation, one block is computed again at a time, and all its gradients come at once.
-        held_back = {"none": (saved, workspace), "blocks": (output, saved + workspace + self.gradients[i:])}
+        held_back = {
+            "none": (saved + returned, workspace),
+            "blocks": (output + returned, saved + workspace + self.gradients[i:]),
+        }
         kept, extra = {}, {}
         for name, (values, needed) in held_back.items():
             sums = np.cumsum(values, axis=1)
             kept[name] = sums + arriving
             # While a block runs, those after it hold nothing yet, or nothing any more.
-            extra[name] = np.maximum.accumulate(sums + needed, axis=1) - sums + arriving + library
+            extra[name] = np.maximum.accumulate(sums + needed, axis=1) - sums + arriving + constant
         owned = owned_elements_bound(held.elements[i, i:], held.largest[i, i:], r)
         flight = {}
         for choice in self.problem.choices:

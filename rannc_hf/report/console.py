@@ -33,6 +33,9 @@ def print_plan(plan: Plan, graph: Graph, console: Console | None = None) -> None
         )
     console.print(table)
     console.print(caption(plan), markup=False, highlight=False)
+    if graph.split:
+        text = "the script computes the loss from the model's outputs: all forwards run, then all backwards"
+        console.print(text, markup=False, highlight=False)
 
 
 def _ranks(stage: StagePlan, mixed: bool) -> str:

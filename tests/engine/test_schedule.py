@@ -11,6 +11,7 @@ from rannc_hf.engine.schedule import (
     compute_order,
     in_flight,
     lower,
+    lower_backward,
     lower_forward,
     validate,
 )
@@ -109,7 +110,10 @@ def test_lowering_for_evaluation_has_forwards_only():
 def test_every_lowered_schedule_is_valid(pipeline):
     schedule, stages, microbatches, edges = pipeline
     validate(lower(schedule, stages, microbatches, edges), edges, microbatches)
-    validate(lower_forward(stages, microbatches, edges), edges, microbatches, training=False)
+    forwards = lower_forward(stages, microbatches, edges)
+    validate(forwards, edges, microbatches, training=False)
+    completed = [[*a, *b] for a, b in zip(forwards, lower_backward(stages, microbatches, edges))]
+    validate(completed, edges, microbatches)
 
 
 @settings(deadline=None)

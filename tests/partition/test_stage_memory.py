@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,3 +96,22 @@ def test_sharding_is_used_where_memory_lacks_and_named_where_it_is_forbidden():
         plan = find_plan(graph, costs, cluster, 32, RanncConfig(shard=shard))
         assert {s.shard for s in plan.stages if s.replicas > 1} <= {shard}
         assert {s.shard for s in plan.stages if s.replicas == 1} <= {"none"}
+
+
+def test_losses_of_the_script_hold_outputs_and_all_microbatches():
+    graph = make_graph(WIDTHS)
+    costs = make_costs(graph, [1.0] * len(WIDTHS))
+    # The same model, but for its last operation: it returns the values that the mean is taken of.
+    hidden = next(n for n in graph.fx_graph.nodes if n.name == graph.loss).args[0].name
+    last = replace(graph.blocks[-1], nodes=graph.blocks[-1].nodes[:-1], outputs=(hidden,))
+    split = replace(graph, blocks=(*graph.blocks[:-1], last), loss=None, outputs={"0": hidden}, split=True)
+    config = RanncConfig(stages=2, microbatches=4, replicas=(1, 1))
+    cluster = Cluster.parse("2xCPU")
+    fused = find_plan(graph, costs, cluster, 8, replace(config, schedule="gpipe"))
+    plan = find_plan(split, costs, cluster, 8, config)
+    assert plan.schedule == "gpipe"
+    per_sample = graph.values[hidden].bytes_at(1)
+    # Each of the two ranks has outputs and gradients of 4 samples, the last stage the gradients of all 8.
+    more = [s.predicted_memory_bytes - f.predicted_memory_bytes for s, f in zip(plan.stages, fused.stages)]
+    assert [s.first_block for s in plan.stages] == [s.first_block for s in fused.stages]
+    assert more == [2 * 4 * per_sample, (2 * 4 + 8) * per_sample]

@@ -36,6 +36,16 @@ def lower_forward(stages: int, microbatches: int, edges: Edges, groups: int | No
     return [_with_messages([a for a in order if a.kind is ActionKind.FORWARD], edges) for order in orders]
 
 
+def lower_backward(stages: int, microbatches: int, edges: Edges, groups: int | None = None) -> list[list[Action]]:
+    """The actions that complete `lower_forward` to a training step. Raises `ValueError` as `lower` does."""
+    check_edges(edges, stages)
+    orders = [compute_order(INTERLEAVED, group, stages, microbatches, groups) for group in range(groups or stages)]
+    return [
+        [*_with_messages([a for a in order if a.kind is ActionKind.BACKWARD], edges), reduce_action(group)]
+        for group, order in enumerate(orders)
+    ]
+
+
 def reduce_action(stage: int) -> Action:
     """The action that ends a training step, of the first stage that a rank runs."""
     return Action(ActionKind.REDUCE_GRAD, stage)
