@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rannc_hf.integrations.accelerate import RanncAccelerator
     from rannc_hf.integrations.deferred import from_pretrained
     from rannc_hf.integrations.torch import parallelize
+    from rannc_hf.integrations.trainer import RanncSeq2SeqTrainer, RanncTrainer
+    from rannc_hf.integrations.training_arguments import RanncSeq2SeqTrainingArguments, RanncTrainingArguments
     from rannc_hf.partition.plan import Plan
 
 __all__ = [
@@ -35,6 +37,10 @@ __all__ = [
     "from_pretrained",
     "materialize",
     "parallelize",
+    "RanncSeq2SeqTrainer",
+    "RanncSeq2SeqTrainingArguments",
+    "RanncTrainer",
+    "RanncTrainingArguments",
 ]
 
 _HOMES = {
@@ -47,6 +53,10 @@ _HOMES = {
     "from_pretrained": "rannc_hf.integrations.deferred",
     "materialize": "rannc_hf.engine.deferred",
     "parallelize": "rannc_hf.integrations.torch",
+    "RanncSeq2SeqTrainer": "rannc_hf.integrations.trainer",
+    "RanncSeq2SeqTrainingArguments": "rannc_hf.integrations.training_arguments",
+    "RanncTrainer": "rannc_hf.integrations.trainer",
+    "RanncTrainingArguments": "rannc_hf.integrations.training_arguments",
 }
 
 

@@ -1,4 +1,4 @@
-"""Runs a training script with `accelerate.Accelerator` replaced by `RanncAccelerator`.
+"""Runs a training script with `accelerate.Accelerator` and `transformers.Trainer` replaced by our own.
 
     python -m rannc_hf.run script.py [argument ...]
     python -m rannc_hf.run -m package.module [argument ...]
@@ -29,7 +29,7 @@ def main() -> None:
     if not sys.flags.safe_path:
         # This file's folder (or, for `-m`, the working directory), whose modules could shadow what we import.
         sys.path.pop(0)
-    _replace_accelerator()
+    _replace_classes()
     if not sys.flags.safe_path:
         sys.path.insert(0, os.getcwd() if as_module else os.path.dirname(os.path.realpath(script)))
     if as_module:
@@ -38,25 +38,16 @@ def main() -> None:
         _run_script(script)
 
 
-def _replace_accelerator() -> None:
+def _replace_classes() -> None:
     try:
-        from rannc_hf.integrations.accelerate import RanncAccelerator
+        from rannc_hf.integrations.replace import replace_classes
     except ModuleNotFoundError as error:
         if error.name != "rannc_hf":
             raise
         # Started by its path from a source tree that is not installed.
         sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        from rannc_hf.integrations.accelerate import RanncAccelerator
-    import accelerate
-    import accelerate.accelerator
-
-    from rannc_hf.config import RanncConfig
-    from rannc_hf.integrations.deferred import defer_models
-
-    accelerate.Accelerator = accelerate.accelerator.Accelerator = RanncAccelerator
-    if RanncConfig.load().deferred_init:
-        # Scripts may build the model before the Accelerator.
-        defer_models()
+        from rannc_hf.integrations.replace import replace_classes
+    replace_classes()
 
 
 def _run_script(path: str) -> None:

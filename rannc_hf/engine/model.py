@@ -103,6 +103,7 @@ class RanncModel(nn.Module):
         self._runtimes: dict[Any, Runtime] = {}
         self._planned_key: Any = None
         self._steps = 0
+        self._running: Graph | None = None
         self._unpublished: tuple[int, frozenset[str]] | None = None
         self._held_scale: torch.Tensor | None = None
         self.training = module.training
@@ -125,6 +126,7 @@ class RanncModel(nn.Module):
         assert self.store is not None
         known = len(self._runtimes)
         runtime = self._runtime(gathered)
+        self._running = runtime.graph
         self.store.refresh()
         self._steps += 1
         with separate_random_state(runtime.graph, self.device):
@@ -287,6 +289,11 @@ class RanncModel(nn.Module):
     def owns_any(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether any of `parameters` belongs to the wrapped model, on whichever rank it lives."""
         return self.optimizers.knows_any(parameters)
+
+    def loss_uses(self, field: str) -> bool:
+        """Whether the last forward returned a loss over the global batch that depends on this field of it."""
+        graph = self._running
+        return graph is not None and graph.training and not graph.split and field in graph.batch_inputs.values()
 
     def register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the partition edit the optimizer's groups in place, down to the parameters this rank holds."""

@@ -132,9 +132,9 @@ def unsupported_caller(module: str) -> list[str]:
     if module != "transformers.trainer":
         return []
     return [
-        "transformers.Trainer divides and multiplies losses for DistributedDataParallel, whose loss is that of one "
-        "process, while RaNNC returns the loss of the whole batch; use a script with a training loop of its own and "
-        "accelerate, or train without RaNNC"
+        "transformers.Trainer scales losses as DistributedDataParallel needs them, which RaNNC does not; use "
+        "rannc_hf.RanncTrainer, or start the script with `accelerate launch --config_file <config with a rannc_config: "
+        "section>` or `rannc launch`, which put it in the place of Trainer"
     ]
 
 

@@ -148,7 +148,7 @@ def test_float16_trains_by_the_loss_scale():
     skipped = next(i for i, (a, b) in enumerate(itertools.pairwise(scales)) if b >= a)
     assert skipped >= 2 and losses[0] == losses[skipped] != losses[skipped + 1], "the first steps change nothing"
     assert losses[-1] < losses[0]
-    exact = plain(model, batch, 1).losses[0]
+    exact = plain(model.cuda(), batch, 1).losses[0]
     assert losses[0] == pytest.approx(exact, rel=1e-2)
 
 

@@ -135,7 +135,6 @@ def test_mistakes_are_found_before_any_worker_starts(config_file):
         ({"distributed_type": "XLA"}, [], "XLA is not supported"),
         ({"distributed_type": "MULTI_CPU"}, [], "starts a single process; set `distributed_type: MULTI_GPU` and"),
         ({"distributed_type": "NO"}, [], "starts a single process"),
-        ({"mixed_precision": "fp16"}, [], "fp16.*bf16"),
         ({"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, [], "torch.compile"),
         ({"parallelism_config": {"parallelism_config_tp_size": 2}}, [], "ParallelismConfig is another way"),
         ({}, ["--use_fsdp"], "FSDP is another way"),

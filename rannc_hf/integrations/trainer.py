@@ -1,0 +1,154 @@
+"""`RanncTrainer` and `RanncSeq2SeqTrainer`: Transformers' trainers, with the model trained by `RanncModel`.
+
+The loop, the data, the metrics, the callbacks and the schedulers are Trainer's own. What changes is the Accelerator it
+makes, the scale of losses that the model divides by the number of items in the batch, and how weights and the states of
+the optimizer are written and read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers.trainer
+from torch import nn
+from transformers.trainer import Trainer
+from transformers.trainer_seq2seq import Seq2SeqTrainer
+
+from rannc_hf.config import ENVIRONMENT_VARIABLE, RanncConfig
+from rannc_hf.engine import RanncModel
+from rannc_hf.integrations.accelerate import RanncAccelerator
+from rannc_hf.integrations.callback import RanncCallback
+from rannc_hf.integrations.trainer_refusals import refuse, unsupported_arguments, wants_recompute
+from rannc_hf.integrations.weights import load_weights
+
+logger = logging.getLogger(__name__)
+
+ITEMS = "num_items_in_batch"
+
+
+class RanncTrainer(Trainer):
+    """A `transformers.Trainer` that partitions its model over all processes.
+
+    It takes what Trainer takes. The options of RaNNC are those of `RanncTrainingArguments.rannc`; with plain
+    TrainingArguments those of RANNC_CONFIG, or the defaults where that is not set.
+
+    Calls that need all processes: `train`, `evaluate`, `predict` and `save_model`, also where Trainer itself would not
+    mind one process alone.
+
+    Raises ValueError, with all reasons at once, for arguments that RaNNC cannot train with.
+    """
+
+    accelerator: RanncAccelerator
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.callback_handler.callbacks.insert(0, RanncCallback(self.accelerator.rannc_figures))
+        self._whole_parameters = 0
+
+    # Preparation
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in Trainer, with a RanncAccelerator; before it is made, arguments that cannot be served are refused."""
+        config = self._rannc_config()
+        refuse(unsupported_arguments(self.args, config))
+        config = self._with_recompute(config)
+
+        def accelerator(**kwargs: Any) -> RanncAccelerator:
+            return RanncAccelerator(rannc=config, **kwargs)
+
+        with mock.patch.object(transformers.trainer, "Accelerator", accelerator):
+            super().create_accelerator_and_postprocess()
+
+    def _rannc_config(self) -> RanncConfig:
+        given = getattr(self.args, "rannc", None)
+        if given is not None and os.environ.get(ENVIRONMENT_VARIABLE):
+            raise ValueError(
+                f"rannc config: options come from the arguments of Trainer (`rannc`) and from {ENVIRONMENT_VARIABLE}, "
+                "which `accelerate launch` and `rannc launch` set; keep one of them"
+            )
+        return RanncConfig.load(given)
+
+    def _with_recompute(self, config: RanncConfig) -> RanncConfig:
+        """What the argument of the model's own checkpointing means here."""
+        if not wants_recompute(self.args):
+            return config
+        for name in ("activation_checkpointing", "gradient_checkpointing"):
+            if hasattr(self.args, name):
+                setattr(self.args, name, False)
+        logger.warning("rannc: `recompute: blocks` instead of `activation_checkpointing`: all stages recompute")
+        return dataclasses.replace(config, recompute="blocks")
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """The model stays where it is: each process moves only the part it will own."""
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """As in Trainer. Also makes a model known again that an earlier `train` or `evaluate` has wrapped."""
+        wrapped = self.model_wrapped
+        if isinstance(wrapped, RanncModel) and wrapped.module is self.accelerator.unwrap_model(model):
+            # Trainer forgets prepared models when a training begins, and not the optimizer's parameters.
+            return self.accelerator.prepare_model(wrapped)
+        if hasattr(model, "num_parameters"):
+            self._whole_parameters = model.num_parameters(exclude_embeddings=True)
+        return super()._wrap_model(model, training, dataloader)
+
+    @property
+    def _partitioned(self) -> RanncModel | None:
+        """The model, once its parameters are spread over the processes."""
+        model = self.model_wrapped
+        return model if isinstance(model, RanncModel) and model.partitioned else None
+
+    # Losses and figures
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As in Trainer; the loss is that of the global batch, in Trainer's scale."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not isinstance(model, RanncModel) or not model.training or not model.uses(ITEMS):
+            return result
+        # Under DDP a process has the sum over its own items, divided by the number of all items; Trainer multiplies by
+        # the number of processes, because DDP averages over them. The engine's loss is the sum over all items.
+        loss, outputs = result if return_outputs else (result, None)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss / self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """As in Trainer, for all parameters of the model and not only those that this process holds."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        return 6 * inputs[name].numel() * self._whole_parameters if name in inputs else 0
+
+    # Saving and loading
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As in Trainer: the main process writes all weights, under their Hugging Face names. Collective."""
+        model = self._partitioned
+        if model is not None and state_dict is None:
+            state_dict = self.accelerator.get_state_dict(model)
+        super()._save(output_dir, state_dict)
+        if model is not None:
+            self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        partitioned = self._partitioned
+        if partitioned is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(partitioned, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        partitioned = self._partitioned
+        if partitioned is None:
+            super()._load_best_model()
+        else:
+            assert self.state.best_model_checkpoint is not None
+            load_weights(partitioned, self.state.best_model_checkpoint)
+
+
+class RanncSeq2SeqTrainer(RanncTrainer, Seq2SeqTrainer):
+    """`RanncTrainer` for `transformers.Seq2SeqTrainer`. Losses and logits are evaluated; it does not generate."""
