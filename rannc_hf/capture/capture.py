@@ -269,7 +269,9 @@ def _arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
                 f"field '{name}' of the batch is a {type(value).__name__} of tensors; fields must be tensors with the "
                 "samples in dimension 0, or plain values"
             )
-    if "use_cache" in result or not getattr(getattr(model, "config", None), "use_cache", False):
+    # Parts of a model have configurations of their own: T5's decoder keeps a cache although Trainer turned it off.
+    cached = any(getattr(getattr(module, "config", None), "use_cache", False) for module in model.modules())
+    if "use_cache" in result or not cached:
         return result
     accepted = inspect.signature(model.forward).parameters
     takes = "use_cache" in accepted or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())

@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import os
 from typing import Any
-from unittest import mock
 
 import torch
 import transformers.trainer
@@ -61,8 +60,13 @@ class RanncTrainer(Trainer):
         def accelerator(**kwargs: Any) -> RanncAccelerator:
             return RanncAccelerator(rannc=config, **kwargs)
 
-        with mock.patch.object(transformers.trainer, "Accelerator", accelerator):
+        module: Any = transformers.trainer
+        stock = module.Accelerator
+        module.Accelerator = accelerator
+        try:
             super().create_accelerator_and_postprocess()
+        finally:
+            module.Accelerator = stock
 
     def _rannc_config(self) -> RanncConfig:
         given = getattr(self.args, "rannc", None)
