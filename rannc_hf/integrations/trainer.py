@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import transformers.trainer
 from torch import nn
-from transformers.trainer import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, Trainer
 from transformers.trainer_seq2seq import Seq2SeqTrainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from rannc_hf.checkpoint import load_from, load_full_optimizer_state_dict, save_into, staged
 from rannc_hf.config import ENVIRONMENT_VARIABLE, RanncConfig
 from rannc_hf.engine import RanncModel
 from rannc_hf.integrations.accelerate import RanncAccelerator
@@ -28,6 +30,8 @@ from rannc_hf.integrations.weights import load_weights
 logger = logging.getLogger(__name__)
 
 ITEMS = "num_items_in_batch"
+STATES = "rannc"
+"""Directory of a checkpoint with what the processes keep."""
 
 
 class RanncTrainer(Trainer):
@@ -55,7 +59,7 @@ class RanncTrainer(Trainer):
         """As in Trainer, with a RanncAccelerator; before it is made, arguments that cannot be served are refused."""
         config = self._rannc_config()
         refuse(unsupported_arguments(self.args, config))
-        config = self._with_recompute(config)
+        config = self._with_split_loss(self._with_recompute(config))
 
         def accelerator(**kwargs: Any) -> RanncAccelerator:
             return RanncAccelerator(rannc=config, **kwargs)
@@ -87,6 +91,13 @@ class RanncTrainer(Trainer):
         logger.warning("rannc: `recompute: blocks` instead of `activation_checkpointing`: all stages recompute")
         return dataclasses.replace(config, recompute="blocks")
 
+    def _with_split_loss(self, config: RanncConfig) -> RanncConfig:
+        """Where a subclass computes the loss itself, it needs the model's outputs."""
+        if config.loss != "auto" or type(self).compute_loss is RanncTrainer.compute_loss:
+            return config
+        logger.info("rannc: `loss: split`, because %s has a compute_loss of its own", type(self).__name__)
+        return dataclasses.replace(config, loss="split")
+
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """The model stays where it is: each process moves only the part it will own."""
 
@@ -113,7 +124,7 @@ class RanncTrainer(Trainer):
     ) -> Any:
         """As in Trainer; the loss is that of the global batch, in Trainer's scale."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not isinstance(model, RanncModel) or not model.training or not model.uses(ITEMS):
+        if not isinstance(model, RanncModel) or not model.loss_uses(ITEMS):
             return result
         # Under DDP a process has the sum over its own items, divided by the number of all items; Trainer multiplies by
         # the number of processes, because DDP averages over them. The engine's loss is the sum over all items.
@@ -129,6 +140,13 @@ class RanncTrainer(Trainer):
 
     # Saving and loading
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; with `resume_from_checkpoint=True` from the last checkpoint that is complete."""
+        if resume_from_checkpoint is True:
+            assert self.args.output_dir is not None
+            resume_from_checkpoint = _last_complete(self.args.output_dir) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As in Trainer: the main process writes all weights, under their Hugging Face names. Collective."""
         model = self._partitioned
@@ -137,6 +155,33 @@ class RanncTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if model is not None:
             self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As in Trainer; each process writes the states of its own parameters. Collective."""
+        model = self.model_wrapped
+        assert isinstance(model, RanncModel)
+        with staged(os.path.join(output_dir, STATES), model.transport) as staging:
+            save_into(staging, model)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in Trainer, of any number of processes and any plan, and of checkpoints that Trainer itself has written."""
+        model = self.model_wrapped
+        if checkpoint is None:
+            return
+        assert isinstance(model, RanncModel)
+        states, whole = os.path.join(checkpoint, STATES), os.path.join(checkpoint, OPTIMIZER_NAME)
+        if os.path.isdir(states):
+            load_from(states, model)
+        elif os.path.isfile(whole):
+            state = torch.load(whole, map_location="cpu", weights_only=True)
+            load_full_optimizer_state_dict(model, self.optimizer.optimizer, state)
+        else:
+            logger.warning("rannc: %s has no state of the optimizer, which starts anew", checkpoint)
+        scheduler = os.path.join(checkpoint, SCHEDULER_NAME)
+        if os.path.isfile(scheduler):
+            self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         partitioned = self._partitioned
@@ -156,3 +201,14 @@ class RanncTrainer(Trainer):
 
 class RanncSeq2SeqTrainer(RanncTrainer, Seq2SeqTrainer):
     """`RanncTrainer` for `transformers.Seq2SeqTrainer`. Losses and logits are evaluated; it does not generate."""
+
+
+def _last_complete(directory: str) -> str | None:
+    """The checkpoint of the highest step in `directory` that was written to its end: Trainer's state comes last."""
+    steps = {}
+    for name in os.listdir(directory) if os.path.isdir(directory) else ():
+        prefix, _, step = name.rpartition("-")
+        if prefix == PREFIX_CHECKPOINT_DIR and step.isdigit():
+            if os.path.isfile(os.path.join(directory, name, TRAINER_STATE_NAME)):
+                steps[int(step)] = os.path.join(directory, name)
+    return steps[max(steps)] if steps else None

@@ -1,7 +1,8 @@
-"""Trains three models with Trainer, in the style of transformers' example scripts. Knows nothing of RaNNC.
+"""Trains models with Trainer, in the style of transformers' example scripts. Knows nothing of RaNNC.
 
 Masked language modelling with accumulation, clipping, evaluation, a custom callback and the best model at the end;
-summarisation by T5 with Seq2SeqTrainer and sentences of uneven lengths; image classification by ViT with metrics.
+causal language modelling with uneven numbers of labels, with the model's loss, one of the script's, and smoothed
+labels; summarisation by T5 with Seq2SeqTrainer and texts of uneven lengths; image classification by ViT with metrics.
 """
 
 import json
@@ -14,6 +15,8 @@ import torch
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     HfArgumentParser,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -72,11 +75,11 @@ def masked_language_model(folder, samples):
     def data(count, seed):
         generator = torch.Generator().manual_seed(seed)
         result = []
-        for index in range(count):
+        for _ in range(count):
             tokens = torch.randint(1, VOCABULARY, (12,), generator=generator)
             labels = torch.full_like(tokens, -100)
-            # Every sample has another number of labels.
-            masked = torch.randperm(12, generator=generator)[: 1 + index % 5]
+            # BERT takes the mean over the labels of a process, so that they must be equally many.
+            masked = torch.randperm(12, generator=generator)[:3]
             labels[masked] = tokens[masked]
             tokens[masked] = 0
             result.append({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels})
@@ -111,6 +114,53 @@ def masked_language_model(folder, samples):
     return record(trainer) | {"calls": counter.calls, "best": trainer.state.best_global_step}
 
 
+class SmoothedLoss(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        labels = inputs["labels"][:, 1:].flatten()
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+        return (loss, outputs) if return_outputs else loss
+
+
+def causal_language_model(folder, samples, trainer_class=Trainer, **options):
+    def data(count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(4, 13, (count,), generator=generator).tolist()
+        texts = [torch.randint(1, VOCABULARY, (n,), generator=generator) for n in lengths]
+        return [{"input_ids": text, "labels": text} for text in texts]
+
+    def collate(samples):
+        def pad(name, value):
+            return torch.nn.utils.rnn.pad_sequence([s[name] for s in samples], True, value)
+
+        inputs = pad("input_ids", 0)
+        return {"input_ids": inputs, "attention_mask": (inputs != 0).long(), "labels": pad("labels", -100)}
+
+    set_seed(7)
+    sizes = dict(vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    trainer = trainer_class(
+        model=model,
+        args=TrainingArguments(**common(folder, max_steps=3, **options)),
+        data_collator=collate,
+        train_dataset=data(samples, 9),
+        eval_dataset=data(7, 10),
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    return record(trainer) | {"loss": metrics["eval_loss"]}
+
+
+def own_loss(folder, samples):
+    return causal_language_model(folder, samples, SmoothedLoss)
+
+
+def label_smoothing(folder, samples):
+    return causal_language_model(folder, samples, label_smoothing_factor=0.1, gradient_accumulation_steps=2)
+
+
 def summarisation(folder, samples):
     def data(count, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -118,7 +168,7 @@ def summarisation(folder, samples):
         for _ in range(count):
             length = int(torch.randint(6, 13, (), generator=generator))
             text = torch.randint(2, VOCABULARY, (length,), generator=generator)
-            result.append({"input_ids": text.tolist(), "labels": text[: length // 2].tolist()})
+            result.append({"input_ids": text.tolist(), "labels": text[:4].tolist()})
         return result
 
     def collate(samples):
@@ -199,7 +249,8 @@ def main():
     parser = HfArgumentParser((TrainingArguments, DataArguments))
     args, data_args = parser.parse_args_into_dataclasses()
     folder = Path(args.output_dir)
-    tasks = (masked_language_model, summarisation, image_classification)
+    tasks = (masked_language_model, causal_language_model, own_loss, label_smoothing, summarisation)
+    tasks += (image_classification,)
     result = {task.__name__: task(folder / task.__name__, data_args.samples) for task in tasks}
     if args.process_index == 0:
         print("RECORD", json.dumps(result), flush=True)
