@@ -23,7 +23,7 @@ def replace_classes() -> None:
     from rannc_hf.integrations.accelerate import RanncAccelerator
     from rannc_hf.integrations.deferred import defer_models
 
-    accelerate.Accelerator = accelerate.accelerator.Accelerator = RanncAccelerator  # type: ignore[misc]
+    accelerate.Accelerator = accelerate.accelerator.Accelerator = RanncAccelerator
     if RanncConfig.load().deferred_init:
         # Scripts may build the model before the Accelerator.
         defer_models()
@@ -39,8 +39,8 @@ def _replace_trainers() -> None:
 
     from rannc_hf.integrations.trainer import RanncSeq2SeqTrainer, RanncTrainer
 
-    trainer.Trainer = trainer_seq2seq.Trainer = transformers.Trainer = RanncTrainer  # type: ignore[misc]
-    trainer_seq2seq.Seq2SeqTrainer = transformers.Seq2SeqTrainer = RanncSeq2SeqTrainer  # type: ignore[misc]
+    trainer.Trainer = trainer_seq2seq.Trainer = transformers.Trainer = RanncTrainer
+    trainer_seq2seq.Seq2SeqTrainer = transformers.Seq2SeqTrainer = RanncSeq2SeqTrainer
 
 
 class _BeforeTrainers(MetaPathFinder):
@@ -51,7 +51,10 @@ class _BeforeTrainers(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         _replace_trainers()
-        return ModuleSpec(name, _Imported(sys.modules[name]))
+        module = sys.modules[name]
+        # Python looks at the specification of a module that has appeared while it looked for it.
+        module.__spec__ = ModuleSpec(name, _Imported(module))
+        return module.__spec__
 
 
 class _Imported(Loader):

@@ -107,8 +107,9 @@ class RanncTrainer(Trainer):
         if isinstance(wrapped, RanncModel) and wrapped.module is self.accelerator.unwrap_model(model):
             # Trainer forgets prepared models when a training begins, and not the optimizer's parameters.
             return self.accelerator.prepare_model(wrapped)
-        if hasattr(model, "num_parameters"):
-            self._whole_parameters = model.num_parameters(exclude_embeddings=True)
+        count: Any = getattr(model, "num_parameters", None)
+        if count is not None:
+            self._whole_parameters = count(exclude_embeddings=True)
         return super()._wrap_model(model, training, dataloader)
 
     @property
@@ -166,7 +167,7 @@ class RanncTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in Trainer, of any number of processes and any plan, and of checkpoints that Trainer itself has written."""
+        """As in Trainer: of any number of processes and any plan, and what Trainer itself has written."""
         model = self.model_wrapped
         if checkpoint is None:
             return
@@ -208,7 +209,8 @@ def _last_complete(directory: str) -> str | None:
     steps = {}
     for name in os.listdir(directory) if os.path.isdir(directory) else ():
         prefix, _, step = name.rpartition("-")
-        if prefix == PREFIX_CHECKPOINT_DIR and step.isdigit():
-            if os.path.isfile(os.path.join(directory, name, TRAINER_STATE_NAME)):
-                steps[int(step)] = os.path.join(directory, name)
+        path = os.path.join(directory, name)
+        complete = os.path.isfile(os.path.join(path, TRAINER_STATE_NAME))
+        if complete and prefix == PREFIX_CHECKPOINT_DIR and step.isdigit():
+            steps[int(step)] = path
     return steps[max(steps)] if steps else None

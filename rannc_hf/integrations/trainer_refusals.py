@@ -38,8 +38,14 @@ _UNCHECKED = (
 """Of other packages. They treat each parameter by itself, and every parameter is kept whole by one process, or by
 several that do the same: nothing keeps them from working."""
 
-_WHOLE_BACKWARD = ("lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
-_WHOLE_BACKWARD += ("galore_adafactor_layerwise", "apollo_adamw_layerwise")
+_WITHIN_BACKWARD = (
+    "lomo",
+    "adalomo",
+    "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise",
+    "galore_adafactor_layerwise",
+    "apollo_adamw_layerwise",
+)
 """Step within the backward of each parameter."""
 
 _LAUNCH = "remove it, and start one process per device with `accelerate launch`, `rannc launch` or torchrun"
@@ -50,9 +56,17 @@ _REFUSED: tuple[tuple[str, _Test, str], ...] = (
     ("fsdp", bool, f"is another way to split the training over devices; {_LAUNCH}"),
     ("deepspeed", bool, f"is another way to split the training over devices; {_LAUNCH}"),
     ("parallelism_config", lambda v: v is not None, f"is another way to split the training over devices; {_LAUNCH}"),
-    ("torch_compile", bool, f"compiles the whole model, and {_CUT}; remove it (option `compile` of rannc does its part)"),
+    (
+        "torch_compile",
+        bool,
+        f"compiles the whole model, and {_CUT}; remove it (option `compile` of rannc does its part)",
+    ),
     ("use_liger_kernel", bool, f"replaces layers by kernels that cannot be captured, and {_CUT}; remove it"),
-    ("neftune_noise_alpha", lambda v: v is not None, f"hangs noise into the embedding by a hook, and {_CUT}; remove it"),
+    (
+        "neftune_noise_alpha",
+        lambda v: v is not None,
+        f"hangs noise into the embedding by a hook, and {_CUT}; remove it",
+    ),
     (
         "auto_find_batch_size",
         bool,
@@ -101,7 +115,7 @@ def _optimizer_reasons(name: str) -> list[str]:
     if name in OPTIMIZERS or name in _UNCHECKED:
         return []
     known = ", ".join(OPTIMIZERS)
-    if name in _WHOLE_BACKWARD:
+    if name in _WITHIN_BACKWARD:
         return [f"`optim={name}` steps while the backward runs, which a pipeline ends all at once; use one of {known}"]
     return [f"`optim={name}` was not made to work on a partitioned model; use one of {known}"]
 

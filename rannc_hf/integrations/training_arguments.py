@@ -1,7 +1,7 @@
 """Trainer's arguments with one more: `rannc`, also on the command line.
 
-    RanncTrainingArguments(output_dir="run", rannc={"stages": 2})
-    python train.py --output_dir run --rannc auto          # through HfArgumentParser; or a path, or JSON
+RanncTrainingArguments(output_dir="run", rannc={"stages": 2})
+python train.py --output_dir run --rannc auto          # through HfArgumentParser; or a path, or JSON
 """
 
 from __future__ import annotations

@@ -1,133 +1,179 @@
 """RanncTrainer in one process: what scripts do with it, against Transformers' own Trainer."""
 
-import json
-import pickle
-
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    HfArgumentParser,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
-from rannc_hf import RanncModel, RanncTrainer, RanncTrainingArguments
+from rannc_hf import RanncModel, RanncTrainer
+from tests.integrations.trainers import (
+    Regression,
+    accuracy,
+    classifier,
+    history,
+    language_model,
+    make,
+    masked,
+    points,
+    same,
+    same_weights,
+    sentences,
+    weights,
+)
 
 pytestmark = pytest.mark.usefixtures("environment")
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 16,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
 
-
-def classifier():
-    torch.manual_seed(3)
-    return BertForSequenceClassification(BertConfig(num_labels=3, **SIZES))
-
-
-def language_model():
-    torch.manual_seed(3)
-    return BertForMaskedLM(BertConfig(**SIZES))
-
-
-def sentences(count, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, 40, (count, 8), generator=generator)
-    return [{"input_ids": t, "attention_mask": torch.ones_like(t), "labels": t[0] % 3} for t in tokens]
-
-
-def masked(count, seed=1):
-    """Each sample has another number of labels."""
-    samples = sentences(count, seed)
-    for index, sample in enumerate(samples):
-        labels = torch.full_like(sample["input_ids"], -100)
-        labels[: 1 + index % 5] = sample["input_ids"][: 1 + index % 5]
-        sample["labels"] = labels
-    return samples
-
-
-def accuracy(prediction):
-    return {"accuracy": float((np.argmax(prediction.predictions, -1) == prediction.label_ids).mean())}
-
-
-def make(kind, folder, model, data, rannc=None, **options):
-    arguments = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        num_train_epochs=2,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        adam_epsilon=1e-6,
-        save_strategy="no",
-    )
-    extra = {k: options.pop(k) for k in list(options) if k in ("compute_metrics", "callbacks", "optimizers", "model_init")}
-    extra.setdefault("eval_dataset", options.pop("eval_dataset", None))
-    arguments |= options
-    AcceleratorState._reset_state(reset_partial_state=True)
-    args = RanncTrainingArguments(rannc=rannc, **arguments) if kind is RanncTrainer else TrainingArguments(**arguments)
-    return kind(model=model, args=args, train_dataset=data, **extra)
-
-
-def history(trainer):
-    """What was logged, without times and what is ours."""
-    noise = ("runtime", "per_second", "rannc/", "preparation_time")
-    return [{k: v for k, v in entry.items() if not any(n in k for n in noise)} for entry in trainer.state.log_history]
-
-
-def same(actual, expected):
-    assert len(actual) == len(expected)
-    for ours, theirs in zip(actual, expected):
-        assert ours == pytest.approx(theirs, rel=2e-5, abs=1e-6)
-
-
-def weights(trainer):
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return {name: value.detach().clone() for name, value in state.items()}
-
-
-def same_weights(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+def train_both(folder, build, data, kinds=(Trainer, RanncTrainer), **options):
+    """Both trainers after training, with the same history and the same weights."""
+    trainers = []
+    for kind in kinds:
+        trainer = make(kind, folder / kind.__name__, build() if build else None, data, **dict(options))
+        trainer.train()
+        trainers.append((trainer, history(trainer), weights(trainer)))
+    (theirs, expected, expected_weights), (ours, actual, actual_weights) = trainers
+    assert isinstance(ours.model_wrapped, RanncModel) and ours.model_wrapped.partitioned
+    same(actual, expected)
+    same_weights(actual_weights, expected_weights)
+    return theirs, ours
 
 
 @pytest.mark.parametrize(
     "build, data, options",
     [
-        (classifier, sentences, {}),
+        (classifier, sentences, {"compute_metrics": accuracy}),
         (language_model, masked, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
     ],
     ids=["classifier", "masked-lm"],
 )
-def test_training_and_evaluation_equal_trainer(tmp_path, build, data, options):
-    options = dict(eval_dataset=data(6, 2), eval_strategy="epoch", lr_scheduler_type="cosine", **options)
-    if build is classifier:
-        options["compute_metrics"] = accuracy
+def test_training_evaluation_and_prediction(tmp_path, build, data, options):
+    options |= {"eval_dataset": data(6, 2), "eval_strategy": "epoch", "lr_scheduler_type": "cosine"}
+    theirs, ours = train_both(tmp_path, build, data(18), **options)
+    expected, actual = theirs.predict(data(5, 3)), ours.predict(data(5, 3))
+    np.testing.assert_allclose(actual.predictions, expected.predictions, atol=1e-5)
+    np.testing.assert_array_equal(actual.label_ids, expected.label_ids)
+    assert actual.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"])
+def test_optimizers(tmp_path, name):
+    train_both(tmp_path, Regression, points(12), optim=name, num_train_epochs=1)
+
+
+def test_optimizer_and_scheduler_of_the_script(tmp_path):
+    def options(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return {"optimizers": (optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5))}
+
     results = []
     for kind in (Trainer, RanncTrainer):
-        trainer = make(kind, tmp_path / kind.__name__, build(), data(18), **dict(options))
+        model = Regression()
+        trainer = make(kind, tmp_path, model, points(12), max_steps=3, **options(model))
         trainer.train()
-        prediction = trainer.predict(data(5, 3))
-        results.append((history(trainer), weights(trainer), prediction))
-    assert isinstance(trainer.model_wrapped, RanncModel)
-    same(results[1][0], results[0][0])
+        results.append(weights(trainer))
+    same_weights(results[1], results[0])
+
+
+class WithOwnLoss:
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.l1_loss(outputs["logits"], labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+class StockOwn(WithOwnLoss, Trainer):
+    pass
+
+
+class RanncOwn(WithOwnLoss, RanncTrainer):
+    pass
+
+
+def test_loss_of_a_subclass(tmp_path):
+    options = {"gradient_accumulation_steps": 2, "eval_dataset": points(6, 2), "eval_strategy": "epoch"}
+    _, ours = train_both(tmp_path, Regression, points(18), kinds=(StockOwn, RanncOwn), **options)
+    assert ours.accelerator.rannc.loss == "split"
+
+
+def scaled_loss(outputs, labels, num_items_in_batch=None):
+    return (outputs["logits"] - labels).square().sum() / num_items_in_batch
+
+
+def test_loss_function_of_the_script(tmp_path):
+    train_both(tmp_path, Regression, points(18), compute_loss_func=scaled_loss, gradient_accumulation_steps=2)
+
+
+def test_label_smoothing(tmp_path):
+    train_both(tmp_path, classifier, sentences(8), label_smoothing_factor=0.1, num_train_epochs=1)
+
+
+def test_evaluation_before_training_and_training_twice(tmp_path):
+    results = []
+    for kind in (Trainer, RanncTrainer):
+        trainer = make(kind, tmp_path, Regression(), points(12), eval_dataset=points(5, 2), num_train_epochs=1)
+        losses = [trainer.evaluate()["eval_loss"]]
+        for _ in range(2):
+            trainer.train()
+            losses.append(trainer.evaluate()["eval_loss"])
+        results.append((losses, weights(trainer)))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
     same_weights(results[1][1], results[0][1])
-    np.testing.assert_allclose(results[1][2].predictions, results[0][2].predictions, atol=1e-5)
-    np.testing.assert_array_equal(results[1][2].label_ids, results[0][2].label_ids)
+
+
+def test_model_init(tmp_path):
+    train_both(tmp_path, None, points(12), model_init=Regression)
+
+
+def test_best_model_at_the_end_is_loaded_by_plain_transformers(tmp_path):
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    options |= {"metric_for_best_model": "loss", "save_total_limit": 2, "load_best_model_at_end": True}
+    # The better it fits, the worse it is on labels that are others.
+    others = [sample | {"labels": (sample["labels"] + 1) % 3} for sample in sentences(12)]
+    options |= {"callbacks": [EarlyStoppingCallback(1)], "eval_dataset": others}
+    theirs, ours = train_both(tmp_path, classifier, sentences(12), **options)
+    assert ours.state.best_global_step == theirs.state.best_global_step < ours.state.global_step
+    ours.save_model()
+    again = AutoModelForSequenceClassification.from_pretrained(ours.args.output_dir)
+    same_weights(dict(again.state_dict()), weights(theirs))
+
+
+@pytest.mark.parametrize("first", [RanncTrainer, Trainer], ids=["own checkpoint", "checkpoint of Trainer"])
+def test_resuming(tmp_path, first):
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "cosine"}
+    whole = make(RanncTrainer, tmp_path / "whole", Regression(), points(12), **options)
+    whole.train()
+    begun = make(first, tmp_path / "begun", Regression(), points(12), **options)
+    begun.train()
+    (tmp_path / "begun" / "checkpoint-5" / "trainer_state.json").unlink()
+    again = make(RanncTrainer, tmp_path / "begun", Regression(), points(12), **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 5
+    same(history(again)[:-1], history(whole)[:-1])
+    same_weights(weights(again), weights(whole))
+
+
+def test_figures_are_in_the_logs_and_reach_other_callbacks(tmp_path):
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    trainer = make(RanncTrainer, tmp_path, Regression(), points(24), callbacks=[Tracker()], num_train_epochs=1)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 6
+    assert all(entry["rannc/predicted_step_ms"] > 0 for entry in steps)
+    assert {"rannc/step_ms", "rannc/tflops_per_device", "rannc/predicted_over_measured"} <= steps[-1].keys()
+    assert not any(key.startswith("rannc/") for key in trainer.state.log_history[-1])
+    assert [e["rannc/predicted_step_ms"] for e in seen[:-1]] == [e["rannc/predicted_step_ms"] for e in steps]
+
+
+def test_bf16(tmp_path):
+    trainer = make(RanncTrainer, tmp_path, classifier(), sentences(8), bf16=True, use_cpu=True, num_train_epochs=1)
+    trainer.train()
+    assert trainer.model_wrapped.compute_dtype == torch.bfloat16
+    exact = make(Trainer, tmp_path, classifier(), sentences(8), num_train_epochs=1)
+    exact.train()
+    assert history(trainer)[0]["loss"] == pytest.approx(history(exact)[0]["loss"], rel=1e-2)

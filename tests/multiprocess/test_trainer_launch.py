@@ -8,6 +8,7 @@ from tests.multiprocess.test_accelerate_launch import close, same_weights, train
 
 pytestmark = pytest.mark.multiprocess
 
+
 def numbers(entry):
     return {k: v for k, v in entry.items() if not k.startswith("rannc/")}
 

@@ -1,8 +1,8 @@
 """Trains models with Trainer, in the style of transformers' example scripts. Knows nothing of RaNNC.
 
-Masked language modelling with accumulation, clipping, evaluation, a custom callback and the best model at the end;
-causal language modelling with uneven numbers of labels, with the model's loss, one of the script's, and smoothed
-labels; summarisation by T5 with Seq2SeqTrainer and texts of uneven lengths; image classification by ViT with metrics.
+Masked language modelling with accumulation, clipping, evaluation, a callback and the best model at the end; causal
+language modelling with uneven numbers of labels: resumed from a checkpoint, with a loss of the script's, and with
+smoothed labels; summarisation by T5 with Seq2SeqTrainer and texts of uneven lengths; image classification with metrics.
 """
 
 import json
@@ -49,8 +49,7 @@ def common(folder, **options):
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
-        save_strategy="no",
-        **options,
+        **{"save_strategy": "no", **options},
     )
 
 
@@ -99,8 +98,8 @@ def masked_language_model(folder, samples):
         )
     )
     options = common(folder, num_train_epochs=2, gradient_accumulation_steps=2, max_grad_norm=0.5, weight_decay=0.01)
-    options |= dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, save_total_limit=1)
-    options |= dict(load_best_model_at_end=True, lr_scheduler_type="cosine", warmup_steps=1, optim="adamw_torch")
+    options |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    options |= {"save_total_limit": 1, "load_best_model_at_end": True, "lr_scheduler_type": "cosine", "warmup_steps": 1}
     counter = StepCounter()
     trainer = Trainer(
         model=model,
@@ -123,7 +122,7 @@ class SmoothedLoss(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def causal_language_model(folder, samples, trainer_class=Trainer, **options):
+def causal_language_model(folder, samples, trainer_class=Trainer, resume_from_checkpoint=None, **options):
     def data(count, seed):
         generator = torch.Generator().manual_seed(seed)
         lengths = torch.randint(4, 13, (count,), generator=generator).tolist()
@@ -138,7 +137,7 @@ def causal_language_model(folder, samples, trainer_class=Trainer, **options):
         return {"input_ids": inputs, "attention_mask": (inputs != 0).long(), "labels": pad("labels", -100)}
 
     set_seed(7)
-    sizes = dict(vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
     model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     trainer = trainer_class(
         model=model,
@@ -147,10 +146,15 @@ def causal_language_model(folder, samples, trainer_class=Trainer, **options):
         train_dataset=data(samples, 9),
         eval_dataset=data(7, 10),
     )
-    trainer.train()
-    metrics = trainer.evaluate()
+    trainer.train(resume_from_checkpoint)
     trainer.save_model()
-    return record(trainer) | {"loss": metrics["eval_loss"]}
+    return record(trainer) | ({} if resume_from_checkpoint else {"loss": trainer.evaluate()["eval_loss"]})
+
+
+def resumed(folder, samples):
+    options = {"lr_scheduler_type": "cosine", "save_steps": 2}
+    causal_language_model(folder, samples, **options, save_strategy="steps")
+    return causal_language_model(folder, samples, **options, resume_from_checkpoint=str(folder / "checkpoint-2"))
 
 
 def own_loss(folder, samples):
@@ -249,7 +253,7 @@ def main():
     parser = HfArgumentParser((TrainingArguments, DataArguments))
     args, data_args = parser.parse_args_into_dataclasses()
     folder = Path(args.output_dir)
-    tasks = (masked_language_model, causal_language_model, own_loss, label_smoothing, summarisation)
+    tasks = (masked_language_model, resumed, own_loss, label_smoothing, summarisation)
     tasks += (image_classification,)
     result = {task.__name__: task(folder / task.__name__, data_args.samples) for task in tasks}
     if args.process_index == 0:
