@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers.trainer
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, Trainer
 from transformers.trainer_seq2seq import Seq2SeqTrainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -149,13 +150,19 @@ class RanncTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As in Trainer: the main process writes all weights, under their Hugging Face names. Collective."""
+        """As in Trainer; weights under their Hugging Face names, for plain `from_pretrained`. Collective."""
         model = self._partitioned
-        if model is not None and state_dict is None:
-            state_dict = self.accelerator.get_state_dict(model)
-        super()._save(output_dir, state_dict)
-        if model is not None:
-            self.accelerator.wait_for_everyone()
+        if model is None or state_dict is not None:
+            super()._save(output_dir, state_dict)
+            return
+        if not isinstance(self.model, PreTrainedModel):
+            super()._save(output_dir, self.accelerator.get_state_dict(model))
+        elif self.args.should_save:
+            # It calls `self.model.save_pretrained`, in which every process writes its part.
+            super()._save(output_dir)
+        else:
+            self.model.save_pretrained(output_dir if output_dir is not None else self.args.output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As in Trainer; each process writes the states of its own parameters. Collective."""

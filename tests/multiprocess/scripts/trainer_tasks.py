@@ -122,7 +122,9 @@ class SmoothedLoss(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def causal_language_model(folder, samples, trainer_class=Trainer, resume_from_checkpoint=None, **options):
+def causal_language_model(
+    folder, samples, trainer_class=Trainer, resume_from_checkpoint=None, evaluate=False, **options
+):
     def data(count, seed):
         generator = torch.Generator().manual_seed(seed)
         lengths = torch.randint(4, 13, (count,), generator=generator).tolist()
@@ -148,7 +150,7 @@ def causal_language_model(folder, samples, trainer_class=Trainer, resume_from_ch
     )
     trainer.train(resume_from_checkpoint)
     trainer.save_model()
-    return record(trainer) | ({} if resume_from_checkpoint else {"loss": trainer.evaluate()["eval_loss"]})
+    return record(trainer) | ({"loss": trainer.evaluate()["eval_loss"]} if evaluate else {})
 
 
 def resumed(folder, samples):
@@ -162,7 +164,8 @@ def own_loss(folder, samples):
 
 
 def label_smoothing(folder, samples):
-    return causal_language_model(folder, samples, label_smoothing_factor=0.1, gradient_accumulation_steps=2)
+    options = {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}
+    return causal_language_model(folder, samples, evaluate=True, **options)
 
 
 def summarisation(folder, samples):
