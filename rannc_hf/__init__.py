@@ -33,14 +33,14 @@ __all__ = [
     "RanncAccelerator",
     "RanncConfig",
     "RanncModel",
-    "deferred_init",
-    "from_pretrained",
-    "materialize",
-    "parallelize",
     "RanncSeq2SeqTrainer",
     "RanncSeq2SeqTrainingArguments",
     "RanncTrainer",
     "RanncTrainingArguments",
+    "deferred_init",
+    "from_pretrained",
+    "materialize",
+    "parallelize",
 ]
 
 _HOMES = {

@@ -60,6 +60,15 @@ class OptimizerMap:
                 name = self._names.get(id(parameter))
                 if name is None or name in owned:
                     kept.append(parameter)
+                    _follow(optimizer, parameter)
                 else:
                     optimizer.state.pop(parameter, None)
             group["params"] = kept
+
+
+def _follow(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """Bring states that were made with the optimizer (Adagrad's sums) to where the parameter has gone."""
+    state = optimizer.state.get(parameter, {})
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            state[key] = value.to(parameter.device)
