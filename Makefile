@@ -4,10 +4,12 @@
 #   TORCH        what pip installs as torch
 #   TORCH_INDEX  index that torch comes from; empty: pip's own. https://download.pytorch.org/whl/cpu has the small
 #                CPU build for Linux, where pip's own index has the CUDA one
+#   WORKERS      how many tests run at a time
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -46,7 +48,7 @@ lint: $(READY)
 
 # Tests for CUDA devices run where there are some.
 test: lint
-	$(BIN)/python -m pytest -m "$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")')"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")')"
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
