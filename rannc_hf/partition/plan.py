@@ -155,7 +155,8 @@ class Plan:
             raise PlanFieldError(
                 "schedule",
                 f"is {self.schedule!r}, but the script computes the loss from the outputs, so that all forwards run "
-                f"before the backwards; make it {SPLIT_SCHEDULE!r}, which holds the activations of all microbatches",
+                f"before the backwards; make it {SPLIT_SCHEDULE!r}, which gives each stage ranks of its own and holds "
+                "the activations of all microbatches",
             )
 
     def check_shape(self, blocks: int, world_size: int) -> None:

@@ -128,7 +128,10 @@ def test_interleaved_lists_are_valid_for_any_number_of_microbatches(groups, laps
                 edges[producer, consumer] = kind == "gradient"
     held = [range(group, stages, groups) for group in range(groups)]
     validate(lower("interleaved", stages, microbatches, edges, groups), edges, microbatches, True, held)
-    validate(lower_forward(stages, microbatches, edges, groups), edges, microbatches, False, held)
+    forwards = lower_forward(stages, microbatches, edges, groups)
+    validate(forwards, edges, microbatches, False, held)
+    completed = [[*a, *b] for a, b in zip(forwards, lower_backward(stages, microbatches, edges, groups))]
+    validate(completed, edges, microbatches, True, held)
 
 
 def test_interleaved_orders():

@@ -83,11 +83,14 @@ def split(
     steps: int,
     make_plan: Planner,
     config: RanncConfig = EXACT_LENGTHS,
+    first: Sequence[Batch] = (),
 ) -> Result:
-    """The same over the ranks of a plan."""
+    """The same over the ranks of a plan, which is made for the batches `first` where there are any."""
 
     def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> tuple[Result, list[float]]:
         own, gradients = [], {}
+        if first:
+            wrapped(**first[rank])
         for step in range(steps):
             value = loss(wrapped(**passed[rank]), parts[rank])
             value.backward()
@@ -173,6 +176,28 @@ def test_the_models_own_loss_is_that_of_the_ranks_samples(name: str, replicas: t
     # Microbatches have one owner: here some have fewer samples than there are replicas.
     batch = case.batch_as(9)
     check(case.model(), batch, replicas, own_loss, keep_labels=True, config=SPLIT, microbatches=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas", "laps", "microbatches", "recompute", "shard"),
+    [
+        ("bert", (1, 1), 2, 3, "none", "none"),
+        ("bert", (2, 1), 2, 2, "blocks", "parameters"),
+        ("vit", (1, 1), 2, 2, "none", "none"),
+        ("t5", (1, 2), 3, 3, "none", "none"),
+    ],
+    ids=str,
+)
+def test_ranks_with_several_stages(
+    name: str, replicas: tuple[int, ...], laps: int, microbatches: int, recompute: str, shard: str
+):
+    """An interleaved plan, made for batches with labels: all forwards of its stages run, then all backwards."""
+    case = CASES[name]
+    parts = shards(case.batch_as(9), sum(replicas))
+    passed = [without_labels(part, name) for part in parts]
+    make_plan = planner(replicas, microbatches, "interleaved", recompute, shard, laps)
+    result = split(case.model(), passed, parts, smoothed, 2, make_plan, first=parts)
+    compare(result, data_parallel(case.model(), passed, parts, smoothed, 2), EXACT)
 
 
 def test_labels_left_out_after_a_fused_step():

@@ -6,7 +6,6 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rannc_hf.capture import Graph
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine.transport import LocalWorld
@@ -25,7 +23,6 @@ from tests.parity.harness import (
     EXACT_LENGTHS,
     Result,
     compare,
-    even_plan,
     gradients_of,
     merge,
     on_ranks,
@@ -33,7 +30,6 @@ from tests.parity.harness import (
     shards,
 )
 from tests.parity.models import CASES, Batch
-from tests.parity.test_split import data_parallel, smoothed, without_labels
 
 Script = Callable[[Callable[..., Any], list[Batch]], None]
 
@@ -229,26 +225,6 @@ def test_a_rank_without_a_backward_is_named():
         on_towers(body)
 
 
-def test_an_interleaved_plan_serves_batches_without_labels_too():
-    case = CASES["vit"]
-    parts = shards(case.batch_as(6), 2)
-    passed = [without_labels(part) for part in parts]
-
-    def two_laps(graph: Graph, samples: int) -> Plan:
-        plan = even_plan(graph, (1, 1, 1, 1), 2, samples)
-        stages = tuple(replace(stage, ranks=(i % 2,)) for i, stage in enumerate(plan.stages))
-        return replace(plan, stages=stages, schedule="interleaved")
-
-    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> Result:
-        wrapped(**parts[rank])
-        smoothed(wrapped(**passed[rank]), parts[rank]).backward()
-        return Result([], gradients_of(wrapped), {n: p.detach().clone() for n, p in wrapped.store.owned.items()}, [])
-
-    result = merge(on_ranks(case.model(), 2, two_laps, run))
-    expected = data_parallel(case.model(), passed, parts, smoothed, 1)
-    compare(result, Result([], expected.gradients, {}, []), EXACT)
-
-
 def test_a_fused_batch_that_reaches_fewer_parameters_leaves_the_others():
     (parts,) = tower_batches(1, ranks=2)
 
@@ -298,10 +274,13 @@ def test_where_the_model_has_no_loss_the_search_plans_for_all_forwards_first():
 
     plans = LocalWorld(2).run(lambda transport: body(transport, RanncConfig(costs="analytic", stages=2)))
     assert plans[0].schedule == "gpipe"
-    with pytest.raises(ValueError, match=r"schedule='1f1b'.*computes the loss"):
-        LocalWorld(2).run(lambda transport: body(transport, RanncConfig(schedule="1f1b")))
-    with pytest.raises(ValueError, match="`schedule` is '1f1b', but the script computes the loss"):
-        on_ranks(towers(), 2, planner((1, 1), 2, "1f1b"), lambda wrapped, _, rank: wrapped(**parts[rank]))
+    for schedule, laps in (("1f1b", 1), ("interleaved", 2)):
+        config = RanncConfig(schedule=schedule)
+        with pytest.raises(ValueError, match=rf"schedule='{schedule}'.*computes the loss"):
+            LocalWorld(2).run(lambda transport, config=config: body(transport, config))
+        make_plan = planner((1, 1), 2, schedule, laps=laps)
+        with pytest.raises(ValueError, match=f"`schedule` is '{schedule}', but the script computes the loss"):
+            on_ranks(towers(), 2, make_plan, lambda wrapped, _, rank: wrapped(**parts[rank]))
 
 
 def test_fused_asks_for_a_loss_and_split_is_named_where_outputs_are_missing():
