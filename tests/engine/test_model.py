@@ -131,7 +131,7 @@ def test_a_missing_loss_is_refused():
             return self.layer(x)
 
     with pytest.raises(CaptureError, match="returns no loss"):
-        RanncModel(NoLoss(), RanncConfig(), device=CPU)(torch.zeros(2, 2))
+        RanncModel(NoLoss(), RanncConfig(loss="fused"), device=CPU)(torch.zeros(2, 2))
 
 
 def test_a_rank_that_does_not_come_is_named():
