@@ -39,18 +39,14 @@ class Bucket:
         self.owned = rank in spec.owners
         self.parameters = dict(parameters) if self.owned else {}
         self.dtype = next(iter(parameters.values())).dtype
-        self.spans: dict[str, tuple[int, int]] = {}
-        self.size = 0
-        for key, parameter in parameters.items():
-            self.spans[key] = (self.size, self.size + parameter.numel())
-            self.size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        self.spans, self.size = layout(parameters)
         self.shapes = {key: p.shape for key, p in parameters.items()}
-        wide = compute_dtype is None or not self.dtype.is_floating_point or compute_dtype == self.dtype
+        kind = computed_in(self.dtype, compute_dtype)
         self.master = self._take(parameters)
         self.flat_compute = (
             self.master
-            if wide and self.master is not None
-            else torch.empty(self.size, dtype=self.dtype if wide else compute_dtype, device=device)
+            if kind == self.dtype and self.master is not None
+            else torch.empty(self.size, dtype=kind, device=device)
         )
         self.compute = {key: self._leaf(key) for key in self.spans}
         if spec.gathered and not self.owned:
@@ -144,6 +140,21 @@ class Bucket:
                     parameter.grad = view
                 else:
                     parameter.grad.add_(view)
+
+
+def layout(parameters: Mapping[str, torch.Tensor]) -> tuple[dict[str, tuple[int, int]], int]:
+    """Where each parameter of a bucket begins and ends in its flat storage, and how many elements that has."""
+    spans: dict[str, tuple[int, int]] = {}
+    size = 0
+    for key, parameter in parameters.items():
+        spans[key] = (size, size + parameter.numel())
+        size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+    return spans, size
+
+
+def computed_in(dtype: torch.dtype, compute_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that parameters of `dtype` are computed with."""
+    return dtype if compute_dtype is None or not dtype.is_floating_point else compute_dtype
 
 
 def empty(parameter: nn.Parameter, device: torch.device) -> None:

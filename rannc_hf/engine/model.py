@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from rannc_hf.engine.runtime import Runtime, describe_shapes, separate_random_st
 from rannc_hf.engine.setup import capture_agreed, check_trained, plan_agreed
 from rannc_hf.engine.split import Driver, split_outputs
 from rannc_hf.engine.transport import Transport
+from rannc_hf.engine.whole import Whole, generate
 from rannc_hf.partition.plan import Plan
 
 
@@ -97,6 +99,7 @@ class RanncModel(nn.Module):
             getattr(model_config, "pad_token_id", None),
             getattr(model_config, "max_position_embeddings", None),
         )
+        self._whole = Whole(module, self.transport, device)
         self._lengths = Lengths(module, compute_dtype)
         self._driver = Driver()
         self._at_partition: dict[str, Callable[[], None]] = {}
@@ -161,7 +164,8 @@ class RanncModel(nn.Module):
     def _gather(self, args: tuple[Any, ...], kwargs: dict[str, Any], without_gradients: bool = False) -> GlobalBatch:
         problem, batch = None, {}
         try:
-            batch = self._cast_inputs(bind_arguments(self.module, args, kwargs))
+            batch = self.cast_inputs(bind_arguments(self.module, args, kwargs))
+            self._whole.check(self.training, self.partitioned)
             if without_gradients:
                 raise ValueError("training mode without gradients: call model.eval() before evaluating under no_grad")
         except (TypeError, ValueError) as error:
@@ -221,6 +225,7 @@ class RanncModel(nn.Module):
         self.store = ParameterStore(self.module, graph, plan, self.transport, self.device, self.compute_dtype)
         state.move_buffers(self.module, self.transport, self.device)
         state.guard_state_dict(self.module)
+        self._whole.partitioned(self.store)
         self.optimizers.partition(set(self.store.owned))
         self.plan, self.graph = plan, graph
         self._planned_key = (True, describe_shapes(batch))
@@ -252,10 +257,10 @@ class RanncModel(nn.Module):
     def _capture(self, batch: GlobalBatch, training: bool) -> Graph:
         return capture_agreed(self.transport, self.module, batch.fields, self.compute_dtype, training, self.config.loss)
 
-    def _cast_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def cast_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Floating inputs (images, audio) in the precision the model computes in; targets keep theirs."""
         if self.compute_dtype is None:
-            return batch
+            return dict(batch)
         return {
             k: v.to(self.compute_dtype)
             if isinstance(v, torch.Tensor) and v.is_floating_point() and not k.startswith("label")
@@ -274,11 +279,26 @@ class RanncModel(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters this rank holds, all of them before the first batch."""
-        owned = self.store.owned if self.store is not None else None
+        """The parameters this rank holds, all of them before the first batch and inside `whole`."""
+        owned = self.store.owned if self.store is not None and not self._whole.active else None
         for name, parameter in self.module.named_parameters(prefix, recurse, remove_duplicate):
             if owned is None or name.removeprefix(f"{prefix}." if prefix else "") in owned:
                 yield name, parameter
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, every rank's `module` has all parameters and runs plainly: see `engine.whole`. Collective."""
+        return self._whole.entered()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is inside `whole`."""
+        return self._whole.active
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """The module's `generate`, run inside `whole` and in evaluation mode, on this rank's samples. Collective."""
+        function: Any = self.module.generate
+        return partial(generate, function, self)
 
     def __getattr__(self, name: str) -> Any:
         try:

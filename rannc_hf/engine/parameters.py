@@ -30,10 +30,10 @@ class ParameterStore:
         device: torch.device,
         compute_dtype: torch.dtype | None,
     ) -> None:
-        self.transport, self.device = transport, device
+        self.transport, self.device, self.compute_dtype = transport, device, compute_dtype
         self.originals = dict(model.named_parameters())
         self._agree_on_deferred()
-        specs = bucket_specs(graph, plan)
+        self.specs = specs = bucket_specs(graph, plan)
         self.owner_ranks = {name: spec.owners for spec in specs for name in spec.parameters}
         """The ranks that keep each parameter's master."""
         self.reduce_groups = sorted({spec.ranks for spec in specs if spec.trainable and len(spec.ranks) > 1})
@@ -44,6 +44,8 @@ class ParameterStore:
         self._reducer = GradientReducer(self.buckets, transport)
         self.compute = StageParameters(self.buckets, transport, self._reducer)
         """The copies that this rank's stage computes with."""
+        self.lent = False
+        """Whether the user's parameters stand for the whole model, for a while, and not for masters."""
 
     def _place(self, spec: BucketSpec, compute_dtype: torch.dtype | None) -> None:
         """Agree on the first rank's values, keep them where this rank holds them, free them where it does not.
@@ -76,7 +78,15 @@ class ParameterStore:
 
     @property
     def owned(self) -> dict[str, nn.Parameter]:
-        """The user's parameters whose masters this rank keeps, by name."""
+        """The user's parameters whose masters this rank keeps, by name.
+
+        Raises:
+            RuntimeError: inside `RanncModel.whole()`, where they are not masters.
+        """
+        if self.lent:
+            raise RuntimeError(
+                "inside `with model.whole():` nothing is trained, saved or loaded: do it after the block"
+            )
         return {key: p for bucket in self.buckets for key, p in bucket.parameters.items()}
 
     def counted(self) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ the optimizer are written and read.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -208,7 +209,37 @@ class RanncTrainer(Trainer):
 
 
 class RanncSeq2SeqTrainer(RanncTrainer, Seq2SeqTrainer):
-    """`RanncTrainer` for `transformers.Seq2SeqTrainer`. Losses and logits are evaluated; it does not generate."""
+    """`RanncTrainer` for `transformers.Seq2SeqTrainer`.
+
+    With `predict_with_generate`, every process has the whole model while it evaluates or predicts, and generates for
+    its own samples. Raises ValueError where that does not fit into memory.
+    """
+
+    _inside: contextlib.ExitStack | None = None
+    """What lasts as long as the loop of an evaluation."""
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer. The model is gathered once, at the first batch to generate for."""
+        with contextlib.ExitStack() as self._inside:
+            try:
+                return super().evaluation_loop(*args, **kwargs)
+            finally:
+                self._inside = None
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in Seq2SeqTrainer. Collective."""
+        if not self.args.predict_with_generate or prediction_loss_only or not isinstance(model, RanncModel):
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        inputs = model.cast_inputs(self._prepare_inputs(inputs))
+        if not model.partitioned and "labels" in inputs:
+            # The loss is evaluated after the generation, and a model cannot be partitioned while it is whole.
+            model.partition(**inputs)
+        with contextlib.ExitStack() as step:
+            if not model.is_whole:
+                (self._inside or step).enter_context(model.whole())
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
 
 def _last_complete(directory: str) -> str | None:

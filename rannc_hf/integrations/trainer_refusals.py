@@ -75,12 +75,6 @@ _REFUSED: tuple[tuple[str, _Test, str], ...] = (
     ),
     ("bf16_full_eval", bool, "casts the weights, of which each process holds a part; use `bf16` instead"),
     ("fp16_full_eval", bool, "casts the weights, of which each process holds a part; use `fp16` instead"),
-    (
-        "predict_with_generate",
-        bool,
-        "generates token by token with the whole model, of which each process holds a part; evaluate the loss and "
-        "logits without it, then generate with `from_pretrained(output_dir)` in a run of its own",
-    ),
     ("save_on_each_node", bool, "needs all weights on each node; save to a file system that all nodes share"),
     ("debug", lambda v: "underflow_overflow" in str(v).lower(), "hangs hooks into every layer; remove it"),
 )

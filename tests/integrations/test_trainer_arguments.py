@@ -96,7 +96,6 @@ class Given:
         ({"parallelism_config": object()}, "`parallelism_config` is another way"),
         ({"n_gpu": 2}, "one process sees 2 GPUs.*one process per GPU"),
         ({"world_size": 2, "average_tokens_across_devices": False}, "average_tokens_across_devices=False"),
-        ({"predict_with_generate": True}, "predict_with_generate.*from_pretrained"),
         ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"offload": True}}, "`offload`"),
     ],
 )
@@ -112,12 +111,6 @@ def test_all_reasons_at_once():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_served_optimizers(name):
     assert unsupported_arguments(Given(optim=name), RanncConfig()) == []
-
-
-def test_generation_is_refused(tmp_path):
-    args = RanncSeq2SeqTrainingArguments(output_dir=str(tmp_path), predict_with_generate=True, report_to="none")
-    with pytest.raises(ValueError, match=r"predict_with_generate.*in a run of its own"):
-        RanncSeq2SeqTrainer(model=Regression(), args=args)
 
 
 def test_checkpointing_of_activations_becomes_recomputation(tmp_path):

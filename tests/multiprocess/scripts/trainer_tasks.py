@@ -2,7 +2,8 @@
 
 Masked language modelling with accumulation, clipping, evaluation, a callback and the best model at the end; causal
 language modelling with uneven numbers of labels: resumed from a checkpoint, with a loss of the script's, and with
-smoothed labels; summarisation by T5 with Seq2SeqTrainer and texts of uneven lengths; image classification with metrics.
+smoothed labels; summarisation by T5 with Seq2SeqTrainer and texts of uneven lengths,
+which generates in its evaluations; image classification with metrics.
 """
 
 import json
@@ -31,6 +32,7 @@ from transformers import (
 )
 
 VOCABULARY = 50
+GENERATED = 8
 
 
 @dataclass
@@ -203,17 +205,28 @@ def summarisation(folder, samples):
             decoder_start_token_id=0,
         )
     )
-    options = common(folder, max_steps=5, optim="sgd", eval_strategy="steps", eval_steps=5)
+
+    def compute_metrics(prediction):
+        tokens, labels = prediction.predictions, prediction.label_ids
+        assert tokens.shape[1] == GENERATED, tokens.shape
+        same = tokens[:, 1 : labels.shape[1]] == labels[:, : labels.shape[1] - 1]
+        return {"same": float(same.mean()), "generated": float(tokens.mean())}
+
+    options = common(folder, max_steps=5, optim="sgd", eval_strategy="steps", eval_steps=2)
+    options |= {"predict_with_generate": True, "generation_max_length": GENERATED}
+    model.generation_config.max_length = GENERATED
     trainer = Seq2SeqTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(**options),
         data_collator=collate,
         train_dataset=data(samples, 3),
         eval_dataset=data(9, 4),
+        compute_metrics=compute_metrics,
     )
     trainer.train()
+    prediction = trainer.predict(data(7, 5), num_beams=2)
     trainer.save_model()
-    return record(trainer)
+    return record(trainer) | {"predictions": prediction.predictions.tolist()}
 
 
 def image_classification(folder, samples):
