@@ -2,8 +2,8 @@
 
 Masked language modelling with accumulation, clipping, evaluation, a callback and the best model at the end; causal
 language modelling with uneven numbers of labels: resumed from a checkpoint, with a loss of the script's, and with
-smoothed labels; summarisation by T5 with Seq2SeqTrainer and texts of uneven lengths,
-which generates in its evaluations; image classification with metrics.
+smoothed labels; summarisation by T5 with Seq2SeqTrainer and texts of uneven lengths, which
+generates in its evaluations; image classification with metrics.
 """
 
 import json
@@ -203,6 +203,9 @@ def summarisation(folder, samples):
             num_heads=2,
             dropout_rate=0.0,
             decoder_start_token_id=0,
+            # Tied, or with the usual small values, it would repeat one token.
+            tie_word_embeddings=False,
+            initializer_factor=3.0,
         )
     )
 
