@@ -62,7 +62,7 @@ def test_mistakes_are_named():
         ("'meta' is not available", (model(),), {"device": "meta"}),
         ("did you mean `stages`", (model(),), {"stage": 2}),
         ("stages=2", (model(), None, BATCH), {"stages": 2, "show_plan": False}),
-        ("no loss", (nn.Linear(2, 2), None, torch.ones(3, 2)), {"show_plan": False}),
+        ("no loss", (nn.Linear(2, 2), None, torch.ones(3, 2)), {"show_plan": False, "loss": "fused"}),
     ]:
         with pytest.raises(ValueError, match=message):
             rannc_hf.parallelize(*arguments, **options)
