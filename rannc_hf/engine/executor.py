@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from rannc_hf.engine.instructions import Buffer, Instruction, Slot
-from rannc_hf.engine.parameters import ParameterStore
+from rannc_hf.engine.parameters.store import ParameterStore
 from rannc_hf.engine.program import Program
 from rannc_hf.engine.schedule import ActionKind
 from rannc_hf.engine.stage import StageReplica

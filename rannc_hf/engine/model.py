@@ -22,7 +22,7 @@ from rannc_hf.engine.lengths import Lengths
 from rannc_hf.engine.meter import Meter
 from rannc_hf.engine.optimizer import OptimizerMap
 from rannc_hf.engine.outputs import own_output, training_output
-from rannc_hf.engine.parameters import ParameterStore
+from rannc_hf.engine.parameters.store import ParameterStore
 from rannc_hf.engine.planning import find_plan_here
 from rannc_hf.engine.program import place
 from rannc_hf.engine.runtime import Runtime, describe_shapes, separate_random_state

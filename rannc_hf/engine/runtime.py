@@ -18,7 +18,7 @@ from rannc_hf.engine.delivery import deliver, find_routes, output_channels
 from rannc_hf.engine.executor import Executor, Microbatch, Step, channels, part_of
 from rannc_hf.engine.functions import Compilation, Functions, wants_compiled
 from rannc_hf.engine.instructions import Instruction, Preparation
-from rannc_hf.engine.parameters import ParameterStore
+from rannc_hf.engine.parameters.store import ParameterStore
 from rannc_hf.engine.program import Program, StageProgram
 from rannc_hf.engine.routes import microbatch_sizes, nominal_slices, slices
 from rannc_hf.engine.schedule import Action, lower, lower_backward, lower_forward, validate

@@ -10,7 +10,7 @@ import torch
 from rannc_hf.capture.graph import Block
 from rannc_hf.capture.seeds import seed_device
 from rannc_hf.engine.functions import Functions, Tensors
-from rannc_hf.engine.gathering import StageParameters
+from rannc_hf.engine.parameters.gathering import StageParameters
 from rannc_hf.engine.program import StageProgram
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rannc_hf.engine.deferred import value_of
-from rannc_hf.engine.parameters import ParameterStore
+from rannc_hf.engine.parameters.store import ParameterStore
 from rannc_hf.engine.transport import Transport
 
 

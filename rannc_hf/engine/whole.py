@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rannc_hf.engine.buckets import Bucket, computed_in, layout
 from rannc_hf.engine.deferred import become, is_deferred
-from rannc_hf.engine.parameters import ParameterStore
-from rannc_hf.engine.sharding import BucketSpec
+from rannc_hf.engine.parameters.buckets import Bucket, computed_in, layout
+from rannc_hf.engine.parameters.sharding import BucketSpec
+from rannc_hf.engine.parameters.store import ParameterStore
 from rannc_hf.engine.transport import Transport
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from torch import nn
 
 from rannc_hf.capture import Graph
 from rannc_hf.engine import RanncModel
-from rannc_hf.engine.buckets import Bucket, empty
-from rannc_hf.engine.gathering import StageParameters
-from rannc_hf.engine.parameters import ParameterStore
-from rannc_hf.engine.reduction import GradientReducer
-from rannc_hf.engine.sharding import BucketSpec, bucket_specs
+from rannc_hf.engine.parameters.buckets import Bucket, empty
+from rannc_hf.engine.parameters.gathering import StageParameters
+from rannc_hf.engine.parameters.reduction import GradientReducer
+from rannc_hf.engine.parameters.sharding import BucketSpec, bucket_specs
+from rannc_hf.engine.parameters.store import ParameterStore
 from rannc_hf.engine.stage import StageReplica
 from rannc_hf.engine.transport import LocalWorld, Transport
 from rannc_hf.partition.memory import ALIGNMENT

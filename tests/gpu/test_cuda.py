@@ -10,8 +10,8 @@ import torch
 
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
+from rannc_hf.engine.parameters.scaling import multiply
 from rannc_hf.engine.scaler import LossScaler
-from rannc_hf.engine.scaling import multiply
 from rannc_hf.engine.transport import LocalWorld, Transport
 from tests.parity.harness import (
     Result,

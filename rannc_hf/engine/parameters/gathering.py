@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from rannc_hf.engine.buckets import Bucket, free, refill
-from rannc_hf.engine.reduction import GradientReducer
+from rannc_hf.engine.parameters.buckets import Bucket, free, refill
+from rannc_hf.engine.parameters.reduction import GradientReducer
 from rannc_hf.engine.transport import Pending, Transport
 
 

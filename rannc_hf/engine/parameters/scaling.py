@@ -18,7 +18,7 @@ def multiply(flat: torch.Tensor, factor: torch.Tensor) -> None:
     elif importlib.util.find_spec("triton") is None:
         flat.mul_(factor)
     else:
-        from rannc_hf.engine.kernels import multiply_unless_one
+        from rannc_hf.engine.parameters.kernels import multiply_unless_one
 
         with torch.cuda.device(flat.device):
             multiply_unless_one[(-(-flat.numel() // _ELEMENTS),)](flat, factor, flat.numel(), _ELEMENTS)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from rannc_hf.engine.deferred import become, value_of
-from rannc_hf.engine.scaling import multiply
-from rannc_hf.engine.sharding import BucketSpec
+from rannc_hf.engine.parameters.scaling import multiply
+from rannc_hf.engine.parameters.sharding import BucketSpec
 from rannc_hf.partition.memory import ALIGNMENT
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rannc_hf.engine.buckets import Bucket, free
+from rannc_hf.engine.parameters.buckets import Bucket, free
 from rannc_hf.engine.transport import Pending, Transport
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from rannc_hf.capture.graph import Graph
-from rannc_hf.engine.buckets import Bucket, empty
 from rannc_hf.engine.deferred import digest, is_deferred
-from rannc_hf.engine.gathering import StageParameters
-from rannc_hf.engine.reduction import GradientReducer
-from rannc_hf.engine.sharding import BucketSpec, bucket_specs
+from rannc_hf.engine.parameters.buckets import Bucket, empty
+from rannc_hf.engine.parameters.gathering import StageParameters
+from rannc_hf.engine.parameters.reduction import GradientReducer
+from rannc_hf.engine.parameters.sharding import BucketSpec, bucket_specs
 from rannc_hf.engine.transport import Transport
 from rannc_hf.partition.plan import Plan
 
