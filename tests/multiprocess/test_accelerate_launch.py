@@ -27,14 +27,26 @@ def start(*command, timeout=240, **environ):
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout)
 
 
-def train(folder, script, settings, *arguments, **environ):
+def train(folder, script, settings, *arguments, timeout=240, **environ):
     """What the main process of a script records."""
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
-    result = start(*ACCELERATE_LAUNCH, "--config_file", config, SCRIPTS / script, *arguments, **environ)
+    command = [*ACCELERATE_LAUNCH, "--config_file", config, SCRIPTS / script, *arguments]
+    result = start(*command, timeout=timeout, **environ)
     assert result.returncode == 0, result.stdout + result.stderr
     (record,) = [line for line in result.stdout.splitlines() if line.startswith("RECORD ")]
     return json.loads(record.removeprefix("RECORD "))
+
+
+def train_plain(folder, script, *arguments):
+    """What it records under DistributedDataParallel."""
+    # Without this, accelerate alone would let both processes train on their own.
+    environ = {"ACCELERATE_USE_CPU": "true"}
+    try:
+        return train(folder, script, TWO_CPU_PROCESSES, *arguments, timeout=90, **environ)
+    except subprocess.TimeoutExpired:
+        # Plain processes now and then do not come back from the end of gloo's process group, on busy machines.
+        return train(folder, script, TWO_CPU_PROCESSES, *arguments, timeout=90, **environ)
 
 
 def train_both(tmp_path, script, arguments, **options):
@@ -42,8 +54,7 @@ def train_both(tmp_path, script, arguments, **options):
     ddp, ours = tmp_path / "ddp", tmp_path / "ours"
     ddp.mkdir()
     ours.mkdir()
-    # Without this, accelerate alone would let both processes train on their own.
-    expected = train(ddp, script, TWO_CPU_PROCESSES, *arguments(ddp), ACCELERATE_USE_CPU="true")
+    expected = train_plain(ddp, script, *arguments(ddp))
     plan = ours / "plan.json"
     section = {"stages": 2, "microbatches": 2, "plan_output": str(plan), **options}
     actual = train(ours, script, {**TWO_CPU_PROCESSES, "rannc_config": section}, *arguments(ours))
