@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import itertools
 import json
 import pstats
 import time
@@ -22,16 +23,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import versions
+from common import even_plan, versions
 from torch import nn
 
-from rannc_hf.capture import Graph
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine.executor import Executor
 from rannc_hf.engine.stage import StageReplica
 from rannc_hf.engine.transport import LocalWorld, Transport
-from rannc_hf.partition.plan import Plan, StagePlan
 
 HANDLERS = {
     "RECV_ACT": "_receive_activations",
@@ -102,20 +101,6 @@ class Clocks:
             setattr(replica, name, run)
 
 
-def even_plan(replicas: list[int], microbatches: int) -> Callable[[Graph, int], Plan]:
-    """Plans with about equally many blocks in each stage."""
-
-    def plan(graph: Graph, batch_size: int) -> Plan:
-        stages, blocks, first = [], len(graph.blocks), 0
-        for i, count in enumerate(replicas):
-            bounds = [round(k * blocks / len(replicas)) for k in (i, i + 1)]
-            stages.append(StagePlan(bounds[0], bounds[1] - 1, tuple(range(first, first + count))))
-            first += count
-        return Plan(tuple(stages), batch_size, microbatches, "1f1b", graph.structural_hash)
-
-    return plan
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 3, 1])
@@ -133,8 +118,15 @@ def train(options: argparse.Namespace, transport: Transport) -> Clocks:
     """All steps of one rank."""
     torch.manual_seed(0)
     model = Layers(2 * len(options.replicas), options.width)
-    planner = even_plan(options.replicas, options.microbatches)
-    wrapped = RanncModel(model, RanncConfig(), device=torch.device("cpu"), transport=transport, planner=planner)
+    ends = list(itertools.accumulate(options.replicas, initial=0))
+    ranks = [tuple(range(first, end)) for first, end in itertools.pairwise(ends)]
+    wrapped = RanncModel(
+        model,
+        RanncConfig(),
+        device=torch.device("cpu"),
+        transport=transport,
+        planner=lambda graph, size: even_plan(graph, ranks, size, options.microbatches),
+    )
     samples = options.samples * options.microbatches
     x, labels = torch.randn(samples, options.width), torch.arange(samples) % options.width
     own = slice(*(round(k * samples / transport.world_size) for k in (transport.rank, transport.rank + 1)))

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import math
 import statistics
@@ -32,17 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import versions
+from common import even_plan, versions
 from contenders.work import Model, blank, fill_all, pretraining_loss
 from curves.picture import draw
 from curves.text import Batch, Grammar
 from torch import nn
 
-from rannc_hf.capture import Graph
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine.transport import LocalWorld, Transport
-from rannc_hf.partition.plan import Plan, StagePlan
 
 MICROBATCHES = 4
 DROPOUT = 0.1
@@ -140,12 +137,6 @@ class Curves:
         """This project, `stages` stages in this process, a replica of each."""
         samples = self.task.samples
 
-        def planner(graph: Graph, size: int) -> Plan:
-            count = len(graph.blocks)
-            bounds = [round(i * count / stages) for i in range(stages + 1)]
-            parts = tuple(StagePlan(a, b - 1, (i,)) for i, (a, b) in enumerate(itertools.pairwise(bounds)))
-            return Plan(parts, size, MICROBATCHES, "1f1b", graph.structural_hash)
-
         def run(transport: Transport) -> list[float]:
             model, optimizer, scheduler = self._start(seed=0)
             wrapped = RanncModel(
@@ -154,7 +145,7 @@ class Curves:
                 device=self.device,
                 compute_dtype=torch.bfloat16,
                 transport=transport,
-                planner=planner,
+                planner=lambda graph, size: even_plan(graph, [(i,) for i in range(stages)], size, MICROBATCHES),
             )
             wrapped.register_optimizer(optimizer)
             first, end = (samples * (transport.rank + i) // stages for i in (0, 1))

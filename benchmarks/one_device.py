@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -22,15 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Batch, pretraining_batch, versions
+from common import Batch, even_plan, pretraining_batch, versions
 from torch import nn
 from transformers import BertConfig, BertForPreTraining
 
-from rannc_hf.capture import Graph
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine.transport import LocalWorld, Transport
-from rannc_hf.partition.plan import Plan, StagePlan
 
 LEARNING_RATE = 1e-4
 
@@ -126,18 +123,6 @@ def transformers_autocast(options: argparse.Namespace, batch: Batch, flops: floa
     return measure("transformers, autocast" + (", layers compiled" if compiled else ""), step, options, flops, started)
 
 
-def even_stages(stages: int, microbatches: int, samples: int) -> Callable[[Graph, int], Plan]:
-    """Plans with one replica a stage and about equally many blocks."""
-
-    def plan(graph: Graph, batch_size: int) -> Plan:
-        count = len(graph.blocks)
-        bounds = [round(i * count / stages) for i in range(stages + 1)]
-        parts = tuple(StagePlan(a, b - 1, (i,)) for i, (a, b) in enumerate(itertools.pairwise(bounds)))
-        return Plan(parts, samples, microbatches, "1f1b", graph.structural_hash)
-
-    return plan
-
-
 def staged(options: argparse.Namespace, batch: Batch, flops: float, stages: int) -> Row:
     """This project with `stages` stages, all on this GPU."""
     started = time.perf_counter()
@@ -153,7 +138,7 @@ def staged(options: argparse.Namespace, batch: Batch, flops: float, stages: int)
             device=torch.device("cuda", torch.cuda.current_device()),
             compute_dtype=torch.bfloat16,
             transport=transport,
-            planner=even_stages(stages, options.accumulate, samples),
+            planner=lambda graph, size: even_plan(graph, [(i,) for i in range(stages)], size, options.accumulate),
         )
         wrapped.register_optimizer(optimizer)
         share = samples // stages

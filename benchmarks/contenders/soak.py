@@ -14,21 +14,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import versions
+from common import even_plan, versions
 
 from contenders.launch import device_name, run_limited, torchrun
 from contenders.work import Batch, Model, adamw, blank, fill_all, make_batch, part
 from rannc_hf.capture import Graph
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
-from rannc_hf.partition.plan import Plan, StagePlan
+from rannc_hf.partition.plan import Plan
 
 PLANS = 8
 MOST_STAGES = 4
@@ -53,15 +53,12 @@ class Shape:
 
     def plan(self, graph: Graph, samples: int) -> Plan:
         """About equally many blocks in each stage."""
-        count = len(graph.blocks)
-        bounds = [round(i * count / len(self.replicas)) for i in range(len(self.replicas) + 1)]
         ranks = range(sum(self.replicas))[:: -1 if self.reverse else 1]
         ends = itertools.accumulate(self.replicas, initial=0)
-        stages = tuple(
-            StagePlan(a, b - 1, tuple(sorted(ranks[first:end])), shard=self.shard if end - first > 1 else "none")
-            for (a, b), (first, end) in zip(itertools.pairwise(bounds), itertools.pairwise(ends))
-        )
-        return Plan(stages, samples, MICROBATCHES, "1f1b", graph.structural_hash)
+        own = [tuple(sorted(ranks[first:end])) for first, end in itertools.pairwise(ends)]
+        plan = even_plan(graph, own, samples, MICROBATCHES)
+        stages = tuple(replace(s, shard=self.shard if s.replicas > 1 else "none") for s in plan.stages)
+        return replace(plan, stages=stages)
 
 
 def shapes(devices: int) -> list[Shape]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from rannc_hf.engine.setup import message_of
 from rannc_hf.engine.transport import Transport, TransportError
 
 T = TypeVar("T")
@@ -41,13 +42,13 @@ class Together:
         try:
             outcome = (work(), None)
         except Exception as error:
-            failure, outcome = error, (None, _message(error))
+            failure, outcome = error, (None, message_of(error))
         return self._exchange(name, outcome, failure)
 
     def fail(self, error: Exception) -> None:
         """Tell the others of an error that happened between steps, unless they know of one."""
         if not self.over:
-            self._exchange("", (None, _message(error)), error)
+            self._exchange("", (None, message_of(error)), error)
 
     def _exchange(self, name: str, outcome: tuple[T | None, str | None], failure: Exception | None) -> list[T]:
         assert not self.over, self.what
@@ -63,7 +64,3 @@ class Together:
                     raise failure
                 raise ValueError(f"{self.what}: rank {rank}: {problem}")
         return [result for result, _ in outcomes]
-
-
-def _message(error: Exception) -> str:
-    return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"

@@ -76,3 +76,11 @@ def _driver() -> str:
     failed = library.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text)))
     library.nvmlShutdown()
     return "" if failed else text.value.decode(errors="replace")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated; None where that is not limited by the device."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused

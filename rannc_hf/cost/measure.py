@@ -17,7 +17,7 @@ from rannc_hf.capture.instantiate import block_function, sum_dtypes, wanted_grad
 from rannc_hf.capture.seeds import seed_device
 from rannc_hf.cost.analytic import main_dtype
 from rannc_hf.cost.devices import Device
-from rannc_hf.cost.machine import synchronize
+from rannc_hf.cost.machine import free_memory, synchronize
 from rannc_hf.cost.memory import BlockMemory, block_memory, nodes_by_name
 from rannc_hf.cost.ops import op_name
 from rannc_hf.cost.table import BlockCost, CostTable
@@ -129,10 +129,9 @@ def _timed(trial: _Trial, forward: Forward, device: Device) -> tuple[float, floa
 
 def _repeats(time_us: float, saved: int, where: torch.device) -> int:
     wanted = min(_REPEATS, max(2, round(_ROUND_US / max(time_us, 1.0))))
-    if where.type != "cuda":
+    free = free_memory(where)
+    if free is None:
         return wanted
-    free, _ = torch.cuda.mem_get_info(where)
-    free += torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
     return max(1, min(wanted, int(0.8 * free) // max(saved, 1)))
 
 

@@ -133,16 +133,13 @@ class RanncModel(nn.Module):
         self.store.refresh()
         self._steps += 1
         with separate_random_state(runtime.graph, self.device):
-            if runtime.graph.split or not self.training:
-                outputs = (
-                    runtime.evaluate(gathered, self._steps)
-                    if not self.training
-                    else split_outputs(runtime, gathered, self._steps, self._driver, self._forget)
-                )
-                if self.training:
-                    self.meter.ran(gathered.samples, gathered.tokens, None, steady=len(self._runtimes) == known)
-                own = self._lengths.unpad(outputs, gathered, runtime.graph)
-                return own_output(runtime.graph, own)
+            if not self.training:
+                outputs = runtime.evaluate(gathered, self._steps)
+                return own_output(runtime.graph, self._lengths.unpad(outputs, gathered, runtime.graph))
+            if runtime.graph.split:
+                outputs = split_outputs(runtime, gathered, self._steps, self._driver, self._forget)
+                self.meter.ran(gathered.samples, gathered.tokens, None, steady=len(self._runtimes) == known)
+                return own_output(runtime.graph, self._lengths.unpad(outputs, gathered, runtime.graph))
             self._held_scale = self._gradient_scale()
             loss = runtime.train(gathered, self._steps, self._held_scale)
         self.meter.ran(gathered.samples, gathered.tokens, loss, steady=len(self._runtimes) == known)

@@ -27,6 +27,13 @@ _ROUNDS = 3
 """How often a plan is made again because compiling has changed what is best."""
 
 
+def cluster_here(world_size: int, device: torch.device) -> Cluster:
+    """The devices of this run. Raises ValueError where nodes differ."""
+    # Ranks that are threads of one process have no launcher that would set the variable for them.
+    local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
+    return Cluster.here(world_size, local, device.type)
+
+
 def find_plan_here(
     graph: Graph,
     config: RanncConfig,
@@ -42,9 +49,7 @@ def find_plan_here(
     Raises:
         ValueError: when options of `config` cannot be met; `PlanError` when nothing fits into memory.
     """
-    # Ranks that are threads of one process have no launcher that would set the variable for them.
-    local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
-    cluster = Cluster.here(world_size, local, device.type)
+    cluster = cluster_here(world_size, device)
     tensors = {name: value for name, value in batch.fields.items() if isinstance(value, torch.Tensor)}
     # Where the script computes the loss, the outputs have all rows.
     labelled = None if graph.split else partial(labelled_share, graph, tensors, batch.samples)

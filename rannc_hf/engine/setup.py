@@ -33,7 +33,7 @@ def agree(transport: Transport, what: str, work: Callable[[], T], signature: Cal
     except Exception as error:
         # Whatever it is: the other ranks wait to hear of it.
         failure = error
-        outcome = (False, _message(error))
+        outcome = (False, message_of(error))
     outcomes = transport.all_gather_object(outcome, what)
     for rank, (good, detail) in enumerate(outcomes):
         if not good:
@@ -112,13 +112,13 @@ def plan_agreed(
             outcome = (make(), "")
         except Exception as error:
             failure = error
-            outcome = (None, _message(error))
+            outcome = (None, message_of(error))
     plan, problem = transport.all_gather_object(outcome, "the plan")[0]
     if plan is None:
         raise ValueError(problem) from failure
     return plan
 
 
-def _message(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """What the other ranks are told."""
     return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"

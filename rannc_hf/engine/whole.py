@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rannc_hf.cost.devices import GIB
+from rannc_hf.cost.machine import free_memory
 from rannc_hf.engine.deferred import become, is_deferred
 from rannc_hf.engine.parameters.buckets import Bucket, computed_in, layout
 from rannc_hf.engine.parameters.sharding import BucketSpec
@@ -22,8 +24,6 @@ from rannc_hf.engine.transport import Transport
 
 if TYPE_CHECKING:
     from rannc_hf.engine.model import RanncModel
-
-GIB = 2**30
 
 
 class Whole:
@@ -273,14 +273,6 @@ def generate(function: Callable[..., Any], model: RanncModel, *args: Any, **kwar
             for part, mode in modes:
                 part.training = mode
             model.training = training
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated; None where that is not limited by the device."""
-    if device.type != "cuda":
-        return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def _kept(bucket: Bucket) -> bool:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from rannc_hf.capture.graph import Graph
 from rannc_hf.cost.analytic import main_dtype
+from rannc_hf.cost.devices import GIB
 from rannc_hf.cost.ops import forward_flops
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine.meter import MeasuredStep
+from rannc_hf.engine.planning import cluster_here
 from rannc_hf.partition.cluster import Cluster
 from rannc_hf.partition.timeline import timeline
 
-_GIB = 2**30
 _TRAINING = 3
 """A backward does twice the products of its forward: A. Chowdhery et al., "PaLM", 2022, appendix B, counts so too.
 Recomputed forwards and unlabelled rows that were left out do not count: the figure tells of useful work."""
@@ -49,7 +48,7 @@ class Figures:
             if "predicted_step_ms" in result:
                 result["predicted_over_measured"] = result["predicted_step_ms"] / result["step_ms"]
         if self.model.device.type == "cuda":
-            result["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.model.device) / _GIB
+            result["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.model.device) / GIB
         return result
 
     def of(self, step: MeasuredStep) -> dict[str, float]:
@@ -82,15 +81,13 @@ class Figures:
         # Every stage that a rank runs says what the whole rank needs.
         memory = max(s.predicted_memory_bytes for s in plan.stages if self.model.transport.rank in s.ranks)
         if memory > 0:
-            result["predicted_memory_gib"] = memory / _GIB
+            result["predicted_memory_gib"] = memory / GIB
         return result
 
     def _cluster(self) -> Cluster | None:
         """The devices in use; None where nodes differ, for which plans are written by hand."""
-        world = self.model.transport.world_size
-        local = min(int(os.environ.get("LOCAL_WORLD_SIZE", world)), world)
         try:
-            return Cluster.here(world, local, self.model.device.type)
+            return cluster_here(self.model.transport.world_size, self.model.device)
         except ValueError:
             return None
 
