@@ -45,6 +45,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(CODE)
+	$(BIN)/mypy recipes/gpt_pretraining  # apart: recipes have programs of the same name
 
 # Tests for CUDA devices run where there are some.
 test: lint
