@@ -44,6 +44,8 @@ class StagePlan:
     """Backward of one microbatch, with the recomputation where there is any, in microseconds."""
     predicted_memory_bytes: int = 0
     """Peak memory of each rank of the stage, with all stages that it runs."""
+    predicted_again_us: float = 0.0
+    """What of the backward is recomputation, in microseconds."""
 
     @property
     def replicas(self) -> int:

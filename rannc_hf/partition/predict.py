@@ -36,6 +36,7 @@ def predict(plan: Plan, graph: Graph, costs: CostTable, cluster: Cluster) -> Pla
             stage,
             predicted_forward_us=t.forward,
             predicted_backward_us=t.backward,
+            predicted_again_us=t.again,
             predicted_memory_bytes=peak,
         )
         for stage, t, peak in zip(plan.stages, times, peaks(model, plan.schedule, stages, choices, len(plan.groups)))

@@ -58,8 +58,10 @@ def simulate_on(
     times = []
     for stage, choice, own in zip(stages, choices, ranks):
         forward, backward = model.times(stage, half(cluster, group_of(cluster, own)), choice)
-        ends = stage_ends(problem.graph, seg, cluster, stage, choice, own, (forward, backward))
-        times.append(StageTimes(forward, backward, float(ends.head), float(ends.exposed), float(ends.optimizer)))
+        again = model.again_us(stage, choice)
+        ends = stage_ends(problem.graph, seg, cluster, stage, choice, own, backward - again)
+        rest = (float(each) for each in (ends.head, ends.exposed, ends.optimizer))
+        times.append(StageTimes(forward, backward, *rest, again))
     edges = edges_of(seg.crossings, cluster, stages, ranks, model.samples)
     tied = tied_of(seg, cluster, stages, ranks)
     return tuple(times), simulate(times, edges, schedule, model.microbatches, tied, groups=len(set(ranks)))
@@ -90,17 +92,15 @@ def stage_ends(
     stage: Stage,
     choice: Choice,
     ranks: Ranks,
-    times: tuple[float, float],
+    backward_us: float,
 ) -> Ends:
     """What a stage on `ranks` does before its first forward and after its last backward.
 
-    `times` are forward and backward of a microbatch, with recomputation.
+    `backward_us` is that of a microbatch, without recomputation.
     """
-    forward, backward = times
     blocks = stage.first, stage.last
     load = owned_load(graph, seg.sizes, choice.shard, blocks, stage.replicas)
-    plain = backward - (forward if choice.recompute == "blocks" else 0.0)
-    work = work_of(seg.holdings, blocks, choice.shard, stage.replicas, plain, load.elements)
+    work = work_of(seg.holdings, blocks, choice.shard, stage.replicas, backward_us, load.elements)
     return ends_of(cluster.device, choice.shard, half(cluster, group_of(cluster, ranks)), work)
 
 

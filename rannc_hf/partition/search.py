@@ -68,7 +68,7 @@ def _stage_plans(model: StageModel, outcome: Outcome) -> tuple[StagePlan, ...]:
     c = outcome.candidate
     memory = peaks(model, c.schedule, c.stages, c.choices, len(set(outcome.ranks)))
     return tuple(
-        StagePlan(stage.first, stage.last, ranks, *choice, times.forward, times.backward, peak)
+        StagePlan(stage.first, stage.last, ranks, *choice, times.forward, times.backward, peak, times.again)
         for stage, choice, ranks, times, peak in zip(c.stages, c.choices, outcome.ranks, outcome.times, memory)
     )
 

@@ -25,6 +25,8 @@ class StageTimes(NamedTuple):
     exposed: float = 0.0
     """Reducing what is left of the gradients."""
     optimizer: float = 0.0
+    again: float = 0.0
+    """What of the backward is computing forwards again."""
 
 
 class TiedReduce(NamedTuple):

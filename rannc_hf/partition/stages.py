@@ -358,6 +358,11 @@ class StageModel:
         at = 0, stage.last - stage.first
         return float(forward[at]), float(backward[at])
 
+    def again_us(self, stage: Stage, choice: Choice) -> float:
+        """What a backward of one microbatch takes longer for recomputation, in microseconds."""
+        row = self.replicas.index(stage.replicas)
+        return float(self.base(stage.first).again[row, stage.last - stage.first]) if choice.recompute == "blocks" else 0.0
+
     def least_state(self, block: int, replicas: int) -> float:
         """Bytes a rank needs for the parameters of a stage of one block, with the sharding that needs the least."""
         held, owned = self.problem.segments.holdings, self.base(block).owned[self.replicas.index(replicas), 0]

@@ -44,8 +44,16 @@ def timeline(plan: Plan, graph: Graph | None = None, cluster: Cluster | None = N
     stages = [Stage(s.first_block, s.last_block, s.replicas) for s in plan.stages]
     ranks = [s.ranks for s in plan.stages]
     ends = [
-        stage_ends(graph, seg, cluster, stage, Choice(s.recompute, s.shard), s.ranks, pair)
-        for stage, s, pair in zip(stages, plan.stages, computes)
+        stage_ends(
+            graph,
+            seg,
+            cluster,
+            stage,
+            Choice(s.recompute, s.shard),
+            s.ranks,
+            s.predicted_backward_us - s.predicted_again_us,
+        )
+        for stage, s in zip(stages, plan.stages)
     ]
     times = [StageTimes(*pair, float(e.head), float(e.exposed), float(e.optimizer)) for pair, e in zip(computes, ends)]
     samples = -(-plan.batch_size // plan.microbatches)

@@ -99,9 +99,17 @@ def make_graph(
 
 
 def make_costs(
-    graph: Graph, forward_us: Sequence[float], saved: int = 1000, device: str = "CPU", fixed_us: float = 1.0
+    graph: Graph,
+    forward_us: Sequence[float],
+    saved: int = 1000,
+    device: str = "CPU",
+    fixed_us: float = 1.0,
+    again: float = 1.0,
 ) -> CostTable:
-    """Costs of each block: `fixed_us + forward_us[block] * samples`, backward twice that; keys must be unique."""
+    """Costs of each block: `fixed_us + forward_us[block] * samples`, backward twice that; keys must be unique.
+
+    Computing a forward again takes `again` times as long.
+    """
     points = {}
     for block, each in zip(graph.blocks, forward_us):
         points[block.key] = tuple(
@@ -109,7 +117,7 @@ def make_costs(
                 n,
                 fixed_us + each * n,
                 2 * (fixed_us + each * n),
-                fixed_us + each * n,
+                again * (fixed_us + each * n),
                 saved * n * (1 + block.index % 3),
                 128 * n,
                 64 * n,

@@ -119,7 +119,7 @@ class StageReference:
         gather = [self.moved(sum(p.copy[m] for m in names)) for names in private]
         reduce = [self.moved(sum(4 * p.count[m] for m in names)) for names in private]
         f = [k.forward_us for k in self.cost]
-        b = [k.backward_us + (k.forward_us if recompute == "blocks" else 0.0) for k in self.cost]
+        b = [k.backward_us + (k.again_us if recompute == "blocks" else 0.0) for k in self.cost]
         time = sum(f) + sum(b)
         if shard in ("gradients", "parameters"):
             time += self.moved(sum(4 * p.count[m] for m, _ in inner))

@@ -18,8 +18,8 @@ GRAPH = make_graph([8, 16, 24, 32, 40, 48], hidden=8, skips=[(0, 4)])
 FAST, SLOW = Cluster.parse("2x2xH100"), Cluster.parse("4xH100,link=0.001")
 
 
-def planned(cluster, **options):
-    costs = make_costs(GRAPH, [40, 50, 60, 70, 80, 90], saved=2**20, device="H100")
+def planned(cluster, again=1.0, **options):
+    costs = make_costs(GRAPH, [40, 50, 60, 70, 80, 90], saved=2**20, device="H100", again=again)
     return find_plan(GRAPH, costs, cluster, 32, RanncConfig(**options))
 
 
@@ -75,6 +75,19 @@ def test_gradients_are_reduced_while_the_last_backward_runs():
     latency = len(GRAPH.blocks) * (FAST.intra.latency_s + FAST.inter.latency_s)
     assert reduce.end_us - reduce.start_us == pytest.approx(2 * (moved + latency) * 1e6)
     assert reduce.start_us < events["backward"].end_us < reduce.end_us == events["optimizer"].start_us
+
+
+def test_computing_again_hides_no_reduction_however_long_it_takes():
+    """The last gradients are reduced under the backward of the blocks before, not under what is computed again."""
+    tails = []
+    for again in (0.5, 1.0, 2.0):
+        plan = planned(SLOW, again, stages=1, shard="none", recompute="blocks", microbatches=4)
+        (stage,) = plan.stages
+        assert stage.predicted_again_us == pytest.approx(again * stage.predicted_forward_us)
+        result = timeline(plan, GRAPH, SLOW)
+        assert result.simulation.step_us == pytest.approx(plan.step_time_us)
+        tails.append(result.simulation.tail_us)
+    assert tails == pytest.approx([tails[0]] * 3)
 
 
 def test_owners_send_their_parameters_at_the_beginning():
