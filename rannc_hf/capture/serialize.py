@@ -1,12 +1,12 @@
 """A `Graph` as a file: safetensors with the constants, and the rest as JSON in its header.
 
 Reading one runs no code from the file: operations are looked up by name among PyTorch's own, and all else is data. What
-planning, placing and running use is kept; traces into the model's source are not.
+planning and placing use is kept; traces into the model's source are not, nor is the structure of what `forward`
+returns, whose classes are the model's.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import operator
 from collections.abc import Mapping
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
 
 from .disk import write
 from .graph import Block, GlobalCount, Graph, ParameterSpec, ValueSpec
@@ -41,10 +40,8 @@ def save_graph(graph: Graph, path: Path, key: Mapping[str, Any]) -> bool:
     return write(path, lambda partial: partial.write_bytes(content))
 
 
-def load_graph(path: Path, key: Mapping[str, Any], *, outputs: bool = True) -> Graph:
+def load_graph(path: Path, key: Mapping[str, Any]) -> Graph:
     """The graph that was saved with `key`.
-
-    Without `outputs` the structure of what `forward` returns is left out, which needs the model's code.
 
     Raises:
         FileNotFoundError: where there is no file.
@@ -62,7 +59,7 @@ def load_graph(path: Path, key: Mapping[str, Any], *, outputs: bool = True) -> G
         for field in sorted({*key, *found}):
             if found.get(field) != key.get(field):
                 raise ValueError(f"made for another {field}: found {found.get(field)!r}, expected {key.get(field)!r}")
-        return _unpack(json.loads(header["graph"]), constants, outputs)
+        return _unpack(json.loads(header["graph"]), constants)
     except FileNotFoundError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -82,10 +79,8 @@ def _pack(graph: Graph) -> dict[str, Any]:
         "values": {name: _pack_spec(spec) for name, spec in graph.values.items()},
         "blocks": [asdict(b) for b in graph.blocks],
         "counts": [asdict(c) for c in graph.counts],
-        "output_spec": pytree.treespec_dumps(graph.output_spec) if graph.output_spec is not None else None,
         **{field: dict(getattr(graph, field)) for field in _MAPS},
         "loss": graph.loss,
-        "output_leaves": list(graph.output_leaves),
         "preamble": sorted(graph.preamble),
         "sums": sorted(graph.sums),
         "structural_hash": graph.structural_hash,
@@ -96,7 +91,7 @@ def _pack(graph: Graph) -> dict[str, Any]:
 _MAPS = ("parameter_inputs", "buffer_inputs", "batch_inputs", "outputs")
 
 
-def _unpack(data: dict[str, Any], constants: Mapping[str, torch.Tensor], outputs: bool) -> Graph:
+def _unpack(data: dict[str, Any], constants: Mapping[str, torch.Tensor]) -> Graph:
     values = {name: _unpack_spec(spec) for name, spec in data["values"].items()}
     parameters = [ParameterSpec(**_tuples(p) | {"dtype": _torch("dtype", p["dtype"])}) for p in data["parameters"]]
     return Graph(
@@ -109,8 +104,6 @@ def _unpack(data: dict[str, Any], constants: Mapping[str, torch.Tensor], outputs
         preamble=frozenset(data["preamble"]),
         blocks=tuple(Block(**_tuples(b)) for b in data["blocks"]),
         loss=data["loss"],
-        output_spec=_unpack_structure(data["output_spec"]) if outputs else None,
-        output_leaves=tuple(data["output_leaves"]),
         sums=frozenset(data["sums"]),
         structural_hash=data["structural_hash"],
         split=data["split"],
@@ -129,21 +122,6 @@ def _pack_spec(spec: ValueSpec) -> list[Any]:
 def _unpack_spec(data: list[Any]) -> ValueSpec:
     shape, dtype, batch_dim, rows, needs_grad = data
     return ValueSpec(tuple(shape), _torch("dtype", dtype), batch_dim, rows, needs_grad)
-
-
-def _unpack_structure(text: str | None) -> pytree.TreeSpec | None:
-    if text is None:
-        return None
-    # Transformers registers the classes of its outputs, by their full names, when the module that has them is imported.
-    for name in _structure_types(json.loads(text)[1]):
-        if name.startswith("transformers."):
-            importlib.import_module(name.rpartition(".")[0])
-    return pytree.treespec_loads(text)
-
-
-def _structure_types(spec: dict[str, Any]) -> set[str]:
-    own = {spec["type"]} if spec["type"] else set()
-    return own.union(*(_structure_types(child) for child in spec["children_spec"]))
 
 
 # -- nodes -----------------------------------------------------------------------------------------------------------

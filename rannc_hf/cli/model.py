@@ -90,7 +90,7 @@ def _captured(args: argparse.Namespace, dtype: torch.dtype) -> Captured:
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_directory() / "graphs" / f"{file_name(Path(args.model).name)}-{digest}.safetensors"
     try:
-        return Captured(load_graph(path, key, outputs=False), "hit")
+        return Captured(load_graph(path, key), "hit")
     except FileNotFoundError:
         pass
     except ValueError as error:

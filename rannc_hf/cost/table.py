@@ -13,9 +13,6 @@ import torch
 from rannc_hf.capture.graph import Block
 from rannc_hf.cost.devices import Device
 
-_FORMAT = 1
-"""Version of the JSON; other versions are refused."""
-
 
 @dataclass(frozen=True, slots=True)
 class BlockCost:
@@ -111,43 +108,6 @@ class CostTable:
             _between(low.output_bytes, high.output_bytes, part),
             _between(low.workspace_bytes, high.workspace_bytes, part),
         )
-
-    def to_json(self) -> str:
-        """JSON text, a line a point, that `from_json` reads back to an equal table."""
-        head = {
-            "format": _FORMAT,
-            "source": self.source,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.to_dict(),
-        }
-        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-        blocks = [
-            f'    {json.dumps(key)}: {{"name": {json.dumps(self.names[key])}, "points": {points_text(points, "    ")}}}'
-            for key, points in self.points.items()
-        ]
-        inner = ",\n".join(blocks)
-        return "{\n" + ",\n".join([*lines, f'  "blocks": {{\n{inner}\n  }}']) + "\n}\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> CostTable:
-        """The table of a JSON text. Raises ValueError that says what is wrong with it."""
-        try:
-            data = json.loads(text)
-            if not isinstance(data, dict) or data.get("format") != _FORMAT:
-                raise ValueError(f"it is not a table of format {_FORMAT}")
-            dtype = getattr(torch, str(data["dtype"]), None)
-            if not isinstance(dtype, torch.dtype):
-                raise ValueError(f"dtype={data['dtype']!r} is no dtype")
-            return cls(
-                Device.from_dict(data["device"]),
-                dtype,
-                {key: read_points(block["points"]) for key, block in data["blocks"].items()},
-                {key: str(block["name"]) for key, block in data["blocks"].items()},
-                str(data["source"]),
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"cannot read a cost table: {reason}") from None
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")

@@ -29,6 +29,7 @@ from rannc_hf.partition.collectives import Half, consecutive_group, half
 from rannc_hf.partition.ends import Work, ends_of
 from rannc_hf.partition.exposure import Exposure
 from rannc_hf.partition.memory import Floats, own_bytes, owned_elements_bound, returned_bytes
+from rannc_hf.partition.options import Links, Option, Options, stacked
 from rannc_hf.partition.placement import across_replicas
 from rannc_hf.partition.problem import Choice, Problem, Stage, Way
 
@@ -61,42 +62,6 @@ class MemoryParts(NamedTuple):
     """For each microbatch in flight."""
     extra: float
     """While it computes."""
-
-
-class Options(NamedTuple):
-    """Options of stages over each other: [option, r, j - i]. What does not fit adds an infinite amount.
-
-    The first ones fit with any number of microbatches in flight, or with none.
-    """
-
-    roomy_added: Floats
-    roomy_slowest: Floats
-    added: Floats
-    slowest: Floats
-    flight: Floats
-
-
-class Links:
-    """Rows of arrays: numbers of replicas, each with the links it uses."""
-
-    def __init__(self, rows: Sequence[int], ways: Sequence[Way], replicas: Sequence[int]) -> None:
-        """`rows` are indices of `replicas`."""
-        self.rows, self.ways = list(rows), list(ways)
-        self.latency, self.rate = (np.array([[w.half[k]] for w in ways]) for k in (0, 1))
-        self.replicas = np.array([[float(replicas[k])] for k in rows])
-
-
-@dataclass(frozen=True, eq=False)
-class Option:
-    """[r, j - i] stages from block i on, run by `choice`."""
-
-    choice: Choice
-    added: Floats
-    """What they add to the sum."""
-    slowest: Floats
-    """Their part of the maximum."""
-    flight: Floats
-    """Microbatches in flight for which memory suffices."""
 
 
 class StageModel:
@@ -217,7 +182,7 @@ class StageModel:
                 if not ((o.flight >= least) & (o.flight < most[links.rows, :here])).any():
                     roomy.append(o)
             tight = [o for o in found if o not in roomy]
-            self._options[key] = Options(*_stacked(roomy, least)[:2], *_stacked(tight, least))
+            self._options[key] = Options(*stacked(roomy, least)[:2], *stacked(tight, least))
         return self._options[key]
 
     def _levels(self, i: int, schedule: str) -> tuple[int, Floats]:
@@ -361,7 +326,9 @@ class StageModel:
     def again_us(self, stage: Stage, choice: Choice) -> float:
         """What a backward of one microbatch takes longer for recomputation, in microseconds."""
         row = self.replicas.index(stage.replicas)
-        return float(self.base(stage.first).again[row, stage.last - stage.first]) if choice.recompute == "blocks" else 0.0
+        return (
+            float(self.base(stage.first).again[row, stage.last - stage.first]) if choice.recompute == "blocks" else 0.0
+        )
 
     def least_state(self, block: int, replicas: int) -> float:
         """Bytes a rank needs for the parameters of a stage of one block, with the sharding that needs the least."""
@@ -386,15 +353,3 @@ class StageModel:
 
 def _times(link: Link, sizes: Floats) -> Floats:
     return np.where(sizes > 0, (link.latency_s + sizes / link.bandwidth) * 1e6, 0.0)
-
-
-def _stacked(options: Sequence[Option], least: int) -> list[Floats]:
-    length = max((o.added.shape[1] for o in options), default=0)
-    rows = len(options[0].added) if options else 0
-    arrays = [np.full((len(options), rows, length), _NEVER) for _ in range(3)]
-    for index, option in enumerate(options):
-        stop = option.added.shape[1]
-        added = np.where(option.flight >= least, option.added, _NEVER)
-        for array, values in zip(arrays, (added, option.slowest, option.flight)):
-            array[index, :, :stop] = values
-    return arrays

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rannc_hf.partition.memory import Floats
+from rannc_hf.partition.options import Links
 from rannc_hf.partition.problem import Stage
 from rannc_hf.partition.schedules import in_flight
-from rannc_hf.partition.stages import Links, StageModel
+from rannc_hf.partition.stages import StageModel
 
 _NEVER = float("inf")
 

@@ -47,7 +47,7 @@ def test_round_trip(graph, tmp_path):
     assert save_graph(graph, path, KEY)
     again = load_graph(path, KEY)
     for field in dataclasses.fields(graph):
-        if field.name not in ("fx_graph", "constants"):
+        if field.name not in ("fx_graph", "constants", "output_spec", "output_leaves"):
             assert getattr(again, field.name) == getattr(graph, field.name), field.name
     assert graph.constants.keys() == again.constants.keys()
     assert all(torch.equal(t, again.constants[n]) for n, t in graph.constants.items())
@@ -85,7 +85,7 @@ def test_variants_and_evaluation(tmp_path):
     evaluation = capture(case.model(), case.batch_as(4), training=False)
     save_graph(evaluation, tmp_path / "evaluation", KEY)
     again = load_graph(tmp_path / "evaluation", KEY)
-    assert again.output_spec == evaluation.output_spec and again.outputs == evaluation.outputs
+    assert again.outputs == evaluation.outputs and not again.training
     graph = capture(case.model(), case.batch_as(4))
     save_graph(graph, tmp_path / "training", KEY)
     variants = [unmask(g) for g in (graph, load_graph(tmp_path / "training", KEY))]
@@ -98,7 +98,7 @@ def test_reading_needs_no_model(tmp_path):
 import sys
 from pathlib import Path
 from rannc_hf.capture.serialize import load_graph
-graph = load_graph(Path({str(tmp_path / "graph")!r}), {KEY}, outputs=False)
+graph = load_graph(Path({str(tmp_path / "graph")!r}), {KEY})
 assert graph.output_spec is None and len(graph.blocks) > 2
 print([m for m in ("transformers", "torch._dynamo") if m in sys.modules])
 """

@@ -9,14 +9,13 @@ import re
 
 import pytest
 import torch
-from graphs import make_costs, make_graph
+from graphs import make_graph
 
 from rannc_hf.cost import cache as module
 from rannc_hf.cost.analytic import analytic_costs
 from rannc_hf.cost.cache import CostCache, Hits, header_of
 from rannc_hf.cost.devices import DEVICES, Device
 from rannc_hf.cost.machine import present
-from rannc_hf.cost.table import CostTable
 
 CPU = torch.device("cpu")
 GRAPH = make_graph([8, 8, 8, 16])
@@ -186,25 +185,6 @@ def test_where_it_is(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert CostCache().directory == tmp_path / ".cache" / "rannc_hf" / "costs"
-
-
-def test_tables_as_json():
-    for table in (analytic_costs(GRAPH, DEVICES["H200"], 4), make_costs(make_graph([8, 9]), [1.5, 2.5])):
-        text = table.to_json()
-        again = CostTable.from_json(text)
-        assert again == table and again.device.matmul_flops == table.device.matmul_flops
-        assert again.to_json() == text
-        assert len(text.splitlines()) < 30
-    for change, message in (
-        ({"format": 9}, "format 1"),
-        ({"dtype": "float33"}, "is no dtype"),
-        ({"blocks": {"x": {}}}, "'points' is missing"),
-        ({"device": {}}, "missing"),
-    ):
-        with pytest.raises(ValueError, match=f"cannot read a cost table: .*{message}"):
-            CostTable.from_json(json.dumps(json.loads(text) | change))
-    with pytest.raises(ValueError, match="cannot read a cost table"):
-        CostTable.from_json("[")
 
 
 def test_devices_as_json():
