@@ -24,6 +24,7 @@ from rannc_hf.engine import RanncModel
 from rannc_hf.engine.deferred import materialize
 from rannc_hf.engine.scaler import LossScaler
 from rannc_hf.integrations.deferred import defer_models
+from rannc_hf.integrations.generation import attach_generate
 from rannc_hf.integrations.guards import watch
 from rannc_hf.integrations.refusals import (
     refuse,
@@ -111,6 +112,7 @@ class RanncAccelerator(SavingAccelerator):
             model._is_accelerate_prepared = True  # type: ignore[assignment]
             self._models.append(model)
             attach_save_pretrained(model)
+            attach_generate(model)
             watch(model)
             if self.scaler is not None:
                 self.scaler.transport = model.transport

@@ -23,10 +23,8 @@ from rannc_hf.checkpoint.directory import find
 from rannc_hf.checkpoint.parts import is_transformers_model
 from rannc_hf.checkpoint.pretrained import ORIGINAL
 from rannc_hf.engine import RanncModel
-from rannc_hf.engine.transport import TransportError
+from rannc_hf.integrations.meeting import meet
 
-_LONE_S = 30.0
-"""How long the main process waits for the others before it says that it seems to be alone."""
 _SHARDED_OPTIONS = {"max_shard_size", "save_original_format", "save_function", "safe_serialization", "token"}
 """Options of `save_pretrained` that need no process to have all weights."""
 _STEP = "accelerate_step"
@@ -61,7 +59,7 @@ class SavingAccelerator(Accelerator):
         found = self._find(model)
         if found is None:
             return super().get_state_dict(model, unwrap)
-        _meet(found, "accelerator.get_state_dict(model)", "state = accelerator.get_state_dict(model)")
+        meet(found, "accelerator.get_state_dict(model)", "state = accelerator.get_state_dict(model)")
         return found.full_state_dict()
 
     def save_model(
@@ -77,7 +75,7 @@ class SavingAccelerator(Accelerator):
             super().save_model(model, save_directory, max_shard_size, safe_serialization)
         else:
             line = "accelerator.save_model(model, directory)"
-            _meet(found, line, line)
+            meet(found, line, line)
             if safe_serialization:
                 save_pretrained(found, save_directory, max_shard_size=max_shard_size, weights_only=True)
             else:
@@ -97,7 +95,7 @@ class SavingAccelerator(Accelerator):
             return super().save_state(output_dir, safe_serialization, **kwargs)
         (model,) = self._partitioned
         line = "accelerator.save_state(directory)"
-        _meet(model, line, line, always=True)
+        meet(model, line, line, always=True)
         target = self._target(output_dir)
         with staged(target, model.transport) as staging:
             self._save_parts(staging, model, safe_serialization)
@@ -220,28 +218,6 @@ def _rotate(folder: Path, limit: int | None) -> None:
         shutil.rmtree(path)
 
 
-def _meet(model: RanncModel, call: str, line: str, always: bool = False) -> None:
-    """Return when all processes have come to `call`, which before the first batch may need none but one.
-
-    Args:
-        line: how to call it, for the error.
-        always: it needs all of them before the first batch too.
-
-    Raises:
-        RuntimeError: when the others do something else, or do not come to the main process in time: it is likely alone,
-            under `if accelerator.is_main_process`, and would wait for ever.
-    """
-    if not (model.partitioned or always):
-        return
-    try:
-        model.transport.meet(call, _LONE_S if model.transport.rank == 0 else None)
-    except TransportError as error:
-        raise RuntimeError(
-            f"`{call}` needs all processes, for none holds the whole model, but not all have called it. Call it on "
-            f"every process, outside of `if accelerator.is_main_process`:\n    {line}\n({error})"
-        ) from error
-
-
 def attach_save_pretrained(model: RanncModel) -> None:
     """Make `save_pretrained` of the user's model write all weights, called on every process.
 
@@ -261,7 +237,7 @@ def attach_save_pretrained(model: RanncModel) -> None:
         if not model.partitioned:
             return original(save_directory, **given) if model.transport.rank == 0 else None
         line = "accelerator.unwrap_model(model).save_pretrained(directory)"
-        _meet(model, line, line)
+        meet(model, line, line)
         options = {k: v for k, v in given.items() if k not in names}
         if is_transformers_model(module) and options.keys() <= _SHARDED_OPTIONS:
             return save_pretrained(model, save_directory, **options)

@@ -104,6 +104,7 @@ def test_masked_language_model_with_accumulation_and_clipping(tmp_path):
 def test_causal_language_model(tmp_path):
     record, ddp, ours = train_both(tmp_path, "causal_lm.py", lambda folder: ["--output_dir", folder])
     assert record["perplexities"][1] < record["perplexities"][0] and len(record["learning_rates"]) == 6
+    assert len(record["generated"]) == 2 * 13 and {len(tokens) for tokens in record["generated"]} == {14}
     same_weights(ours / "model.safetensors", ddp / "model.safetensors")
 
 

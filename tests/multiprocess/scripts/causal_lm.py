@@ -1,6 +1,7 @@
 """Trains a causal language model, in the style of transformers' run_clm_no_trainer.py. Knows nothing of RaNNC.
 
-Tied embeddings, chunks of a text, accumulation over the end of the loader, and an evaluation after each epoch.
+Tied embeddings, chunks of a text, accumulation over the end of the loader, and an evaluation after each epoch, which
+also generates.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def main():
         model, optimizer, train_dataloader, eval_dataloader, lr_scheduler
     )
 
-    record = {"losses": [], "learning_rates": [], "perplexities": []}
+    record = {"losses": [], "learning_rates": [], "perplexities": [], "generated": []}
     completed_steps = 0
     for _ in range(args.num_train_epochs):
         model.train()
@@ -92,6 +93,14 @@ def main():
             with torch.no_grad():
                 outputs = model(**batch)
             losses.append(accelerator.gather_for_metrics(outputs.loss.repeat(args.per_device_train_batch_size)))
+            with torch.no_grad():
+                prompts = {k: batch[k][:, :8] for k in ("input_ids", "attention_mask")}
+                # A model that has hardly been trained repeats one token.
+                tokens = accelerator.unwrap_model(model).generate(
+                    **prompts, max_new_tokens=6, pad_token_id=0, no_repeat_ngram_size=1
+                )
+            tokens = accelerator.pad_across_processes(tokens, dim=1, pad_index=0)
+            record["generated"] += accelerator.gather_for_metrics(tokens).tolist()
         perplexity = math.exp(torch.cat(losses).mean())
         record["perplexities"].append(perplexity)
         accelerator.print(f"perplexity {perplexity:.2f} after {completed_steps} steps")
