@@ -34,6 +34,9 @@ class Staging:
     together: Together
     header: dict[str, Any] = field(default_factory=dict)
     """Goes into the manifest: rank 0's, of JSON types."""
+    beside: list[str] = field(default_factory=list)
+    """Files that belong to the checkpoint and lie outside of it (`../name`), equal on all ranks: these are flushed and
+    checked with it."""
 
 
 @contextlib.contextmanager
@@ -94,7 +97,7 @@ def _complete(staging: Staging, target: Path) -> None:
     path, together = staging.path, staging.together
     # Nobody may list files while another rank is still writing.
     together.step("finishing", lambda: None)
-    names = sorted(set().union(*together.step("listing files", lambda: _files_in(path))))
+    names = sorted({*staging.beside}.union(*together.step("listing files", lambda: _files_in(path))))
     own = names[together.rank :: together.transport.world_size]
     parts = together.step("hashing files", lambda: {name: _fingerprint(path / name, flush=True) for name in own})
     if together.rank == 0:
@@ -194,11 +197,11 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(manifest)
 
 
-def verify(directory: str | os.PathLike[str], part: int = 0, parts: int = 1) -> dict[str, Any]:
+def verify(directory: str | os.PathLike[str], part: int = 0, parts: int = 1, *, hashes: bool = True) -> dict[str, Any]:
     """Check that all files are there and as they were written; returns the manifest.
 
-    The sizes of all files are compared, and the hashes of every `parts`-th one from `part` on, so that ranks share the
-    reading.
+    The sizes of all files are compared, and with `hashes` those of every `parts`-th one from `part` on, so that ranks
+    share the reading.
 
     Raises:
         ValueError: naming all files that are missing, truncated or changed.
@@ -211,7 +214,7 @@ def verify(directory: str | os.PathLike[str], part: int = 0, parts: int = 1) -> 
             problems.append(f"{name} is missing")
         elif (size := file.stat().st_size) != wanted["bytes"]:
             problems.append(f"{name} has {size} bytes instead of {wanted['bytes']}")
-        elif index % parts == part and _fingerprint(file)[1] != wanted["sha256"]:
+        elif hashes and index % parts == part and _fingerprint(file)[1] != wanted["sha256"]:
             problems.append(f"{name} has changed since it was written")
     if problems:
         raise ValueError(f"checkpoint {directory} is damaged: {'; '.join(problems)}")

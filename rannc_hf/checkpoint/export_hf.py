@@ -35,6 +35,11 @@ def export(
     manifest = verify(checkpoint)
     if name not in manifest.get(MODELS, {}):
         raise ValueError(f"checkpoint {checkpoint} holds no {name!r}")
+    if manifest[MODELS][name].get("weights", "all") != "all":
+        raise ValueError(
+            f"checkpoint {checkpoint} is of Trainer, whose weights lie beside it: {find(checkpoint).parent} is what "
+            "`from_pretrained` reads"
+        )
     path, target = find(checkpoint), Path(os.path.expanduser(directory))
     aliases: dict[str, str] = manifest[MODELS][name]["aliases"]
     found = sharded.contents(path / name)

@@ -6,14 +6,14 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from rannc_hf.checkpoint import optimizer as optimizers_by_name
 from rannc_hf.checkpoint import sharded
 from rannc_hf.checkpoint.directory import Staging, staged
-from rannc_hf.checkpoint.names import names_of, own_tensors
+from rannc_hf.checkpoint.names import ModelNames, names_of, own_tensors
 from rannc_hf.checkpoint.rng import generator_states
 from rannc_hf.engine import RanncModel
 
@@ -22,6 +22,8 @@ LOADED = "checkpoint"
 COMMON = "common.pt"
 MODELS = "models"
 """Key of the manifest: what is known of each model, by name."""
+Weights = Literal["all", "trainable", "none"]
+"""Which weights a checkpoint has: others are kept elsewhere, and are there before it is loaded."""
 
 
 def save(
@@ -53,22 +55,27 @@ def save(
             torch.save(common, staging.path / COMMON)
 
 
-def save_into(staging: Staging, model: RanncModel, name: str = "model") -> None:
+def save_into(staging: Staging, model: RanncModel, name: str = "model", weights: Weights = "all") -> None:
     """Write the model and its registered optimizers into a checkpoint that holds other things too. Collective.
 
     Written are the directory `<name>` with the weights under their Hugging Face names, `<name>.optimizer_<i>` with
     keys `<state>.<parameter>`, both in the format of `torch.distributed.checkpoint`, and the plan as JSON.
+
+    Args:
+        weights: which ones to write. What is left out, `load_from` leaves alone.
     """
     together = staging.together
     together.step("preparing", lambda: _check(model))
-    names = names_of(model)
-    sharded.write(staging.path / name, own_tensors(model, names, writing=True), names.aliases, together)
+    names = chosen(model, weights)
+    if names.stored:
+        sharded.write(staging.path / name, own_tensors(model, names, writing=True), names.aliases, together)
     for index, optimizer in enumerate(model.optimizers.registered):
         optimizers_by_name.write(staging.path / f"{name}.optimizer_{index}", model, optimizer, together)
     staging.header.setdefault(MODELS, {})[name] = {
         "world_size": model.transport.world_size,
         "steps": model.steps,
         "optimizers": [type(optimizer).__name__ for optimizer in model.optimizers.registered],
+        "weights": weights,
         "aliases": names.aliases,
         "module": type(model.module).__name__,
     }
@@ -76,6 +83,16 @@ def save_into(staging: Staging, model: RanncModel, name: str = "model") -> None:
         if model.plan is not None:
             model.plan.save(staging.path / f"{name}.plan.json")
         _save_config(model.module, staging.path / config_folder(name))
+
+
+def chosen(model: RanncModel, weights: Weights) -> ModelNames:
+    """The names of the weights that a checkpoint has."""
+    names = names_of(model)
+    if weights == "all":
+        return names
+    kept = {n for n, p in model.module.named_parameters() if p.requires_grad} if weights == "trainable" else set()
+    stored = {name: shape for name, shape in names.stored.items() if name in kept}
+    return ModelNames(stored, {a: n for a, n in names.aliases.items() if n in kept}, frozenset())
 
 
 def config_folder(name: str) -> str:

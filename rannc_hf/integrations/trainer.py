@@ -1,8 +1,8 @@
 """`RanncTrainer` and `RanncSeq2SeqTrainer`: Transformers' trainers, with the model trained by `RanncModel`.
 
 The loop, the data, the metrics, the callbacks and the schedulers are Trainer's own. What changes is the Accelerator it
-makes, the scale of losses that the model divides by the number of items in the batch, and how weights and the states of
-the optimizer are written and read.
+makes, the scale of losses that the model divides by the number of items in the batch, and (`trainer_saving`) how
+weights and the states of the optimizer are written and read.
 """
 
 from __future__ import annotations
@@ -16,27 +16,21 @@ from typing import Any
 import torch
 import transformers.trainer
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, Trainer
 from transformers.trainer_seq2seq import Seq2SeqTrainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from rannc_hf.checkpoint import load_from, load_full_optimizer_state_dict, save_into, staged
 from rannc_hf.config import ENVIRONMENT_VARIABLE, RanncConfig
 from rannc_hf.engine import RanncModel
 from rannc_hf.integrations.accelerate import RanncAccelerator
 from rannc_hf.integrations.callback import RanncCallback
 from rannc_hf.integrations.trainer_refusals import refuse, unsupported_arguments, wants_recompute
-from rannc_hf.integrations.weights import load_weights
+from rannc_hf.integrations.trainer_saving import SavingTrainer
 
 logger = logging.getLogger(__name__)
 
 ITEMS = "num_items_in_batch"
-STATES = "rannc"
-"""Directory of a checkpoint with what the processes keep."""
 
 
-class RanncTrainer(Trainer):
+class RanncTrainer(SavingTrainer):
     """A `transformers.Trainer` that partitions its model over all processes.
 
     It takes what Trainer takes. The options of RaNNC are those of `RanncTrainingArguments.rannc`; with plain
@@ -47,8 +41,6 @@ class RanncTrainer(Trainer):
 
     Raises ValueError, with all reasons at once, for arguments that RaNNC cannot train with.
     """
-
-    accelerator: RanncAccelerator
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -114,12 +106,6 @@ class RanncTrainer(Trainer):
             self._whole_parameters = count(exclude_embeddings=True)
         return super()._wrap_model(model, training, dataloader)
 
-    @property
-    def _partitioned(self) -> RanncModel | None:
-        """The model, once its parameters are spread over the processes."""
-        model = self.model_wrapped
-        return model if isinstance(model, RanncModel) and model.partitioned else None
-
     # Losses and figures
 
     def compute_loss(
@@ -140,72 +126,6 @@ class RanncTrainer(Trainer):
         """As in Trainer, for all parameters of the model and not only those that this process holds."""
         name = getattr(self.model, "main_input_name", "input_ids")
         return 6 * inputs[name].numel() * self._whole_parameters if name in inputs else 0
-
-    # Saving and loading
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; with `resume_from_checkpoint=True` from the last checkpoint that is complete."""
-        if resume_from_checkpoint is True:
-            assert self.args.output_dir is not None
-            resume_from_checkpoint = _last_complete(self.args.output_dir) or True
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As in Trainer; weights under their Hugging Face names, for plain `from_pretrained`. Collective."""
-        model = self._partitioned
-        if model is None or state_dict is not None:
-            super()._save(output_dir, state_dict)
-            return
-        if not isinstance(self.model, PreTrainedModel):
-            super()._save(output_dir, self.accelerator.get_state_dict(model))
-        elif self.args.should_save:
-            # It calls `self.model.save_pretrained`, in which every process writes its part.
-            super()._save(output_dir)
-        else:
-            self.model.save_pretrained(output_dir if output_dir is not None else self.args.output_dir)
-        self.accelerator.wait_for_everyone()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As in Trainer; each process writes the states of its own parameters. Collective."""
-        model = self.model_wrapped
-        assert isinstance(model, RanncModel)
-        with staged(os.path.join(output_dir, STATES), model.transport) as staging:
-            save_into(staging, model)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in Trainer: of any number of processes and any plan, and what Trainer itself has written."""
-        model = self.model_wrapped
-        if checkpoint is None:
-            return
-        assert isinstance(model, RanncModel)
-        states, whole = os.path.join(checkpoint, STATES), os.path.join(checkpoint, OPTIMIZER_NAME)
-        if os.path.isdir(states):
-            load_from(states, model)
-        elif os.path.isfile(whole):
-            state = torch.load(whole, map_location="cpu", weights_only=True)
-            load_full_optimizer_state_dict(model, self.optimizer.optimizer, state)
-        else:
-            logger.warning("rannc: %s has no state of the optimizer, which starts anew", checkpoint)
-        scheduler = os.path.join(checkpoint, SCHEDULER_NAME)
-        if os.path.isfile(scheduler):
-            self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        partitioned = self._partitioned
-        if partitioned is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_weights(partitioned, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        partitioned = self._partitioned
-        if partitioned is None:
-            super()._load_best_model()
-        else:
-            assert self.state.best_model_checkpoint is not None
-            load_weights(partitioned, self.state.best_model_checkpoint)
 
 
 class RanncSeq2SeqTrainer(RanncTrainer, Seq2SeqTrainer):
@@ -240,15 +160,3 @@ class RanncSeq2SeqTrainer(RanncTrainer, Seq2SeqTrainer):
             if not model.is_whole:
                 (self._inside or step).enter_context(model.whole())
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
-
-
-def _last_complete(directory: str) -> str | None:
-    """The checkpoint of the highest step in `directory` that was written to its end: Trainer's state comes last."""
-    steps = {}
-    for name in os.listdir(directory) if os.path.isdir(directory) else ():
-        prefix, _, step = name.rpartition("-")
-        path = os.path.join(directory, name)
-        complete = os.path.isfile(os.path.join(path, TRAINER_STATE_NAME))
-        if complete and prefix == PREFIX_CHECKPOINT_DIR and step.isdigit():
-            steps[int(step)] = path
-    return steps[max(steps)] if steps else None
