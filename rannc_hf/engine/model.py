@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -346,12 +346,15 @@ class RanncModel(nn.Module):
         self.load_full_state_dict(state_dict)
         return nn.modules.module._IncompatibleKeys([], [])
 
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole state on the CPU of rank 0, an empty dict elsewhere. Collective."""
+    def full_state_dict(self, only: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """The whole state on the CPU of rank 0, an empty dict elsewhere. Collective.
+
+        only: names of parameters, equal on all ranks: others may be missing.
+        """
         self.meter.end()
         if self.store is None:
             return state.whole(self.module) if self.transport.rank == 0 else {}
-        return state.gather(self.module, self.store, self.transport)
+        return state.gather(self.module, self.store, self.transport, only)
 
     def load_full_state_dict(self, values: Mapping[str, torch.Tensor]) -> None:
         """Load a whole state, given alike on every rank; each keeps its part.

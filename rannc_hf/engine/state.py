@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -50,11 +50,18 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value_of(v).detach() if isinstance(v, torch.Tensor) else v for key, v in state.items()}
 
 
-def gather(model: nn.Module, store: ParameterStore, transport: Transport) -> dict[str, torch.Tensor]:
-    """The model's whole state dict on the CPU of rank 0, in the model's order; {} on other ranks. Collective."""
+def gather(
+    model: nn.Module, store: ParameterStore, transport: Transport, only: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """The model's whole state dict on the CPU of rank 0, in the model's order; {} on other ranks. Collective.
+
+    only: names of the parameters to gather; None for all of them. Buffers are always there.
+    """
     owned = store.owned
     values: dict[str, torch.Tensor] = {}
     for name, parameter in store.originals.items():
+        if only is not None and name not in only:
+            continue
         source = store.owner_ranks[name][0]
         if transport.world_size == 1:
             values[name] = parameter.detach().cpu().clone()
@@ -74,7 +81,10 @@ def gather(model: nn.Module, store: ParameterStore, transport: Transport) -> dic
     parameters = dict(model.named_parameters(remove_duplicate=False))
     result = {}
     for key, value in model._rannc_state_dict().items():  # type: ignore[operator]
-        result[key] = values[names[id(parameters[key])]] if key in parameters else value.detach().cpu()
+        if key not in parameters:
+            result[key] = value.detach().cpu()
+        elif (name := names[id(parameters[key])]) in values:
+            result[key] = values[name]
     return result
 
 

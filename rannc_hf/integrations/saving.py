@@ -23,6 +23,7 @@ from rannc_hf.checkpoint.directory import find
 from rannc_hf.checkpoint.parts import is_transformers_model
 from rannc_hf.checkpoint.pretrained import ORIGINAL
 from rannc_hf.engine import RanncModel
+from rannc_hf.integrations.adapters import saved_names
 from rannc_hf.integrations.meeting import meet
 
 _SHARDED_OPTIONS = {"max_shard_size", "save_original_format", "save_function", "safe_serialization", "token"}
@@ -241,7 +242,7 @@ def attach_save_pretrained(model: RanncModel) -> None:
         options = {k: v for k, v in given.items() if k not in names}
         if is_transformers_model(module) and options.keys() <= _SHARDED_OPTIONS:
             return save_pretrained(model, save_directory, **options)
-        state = model.full_state_dict()
+        state = model.full_state_dict(saved_names(module))
         if model.transport.rank == 0:
             original(save_directory, is_main_process=True, state_dict=state, **options)
         return model.transport.barrier(line)

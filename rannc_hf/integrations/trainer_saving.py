@@ -29,6 +29,7 @@ from rannc_hf.checkpoint import (
 from rannc_hf.checkpoint.save import Weights
 from rannc_hf.engine import RanncModel
 from rannc_hf.integrations.accelerate import RanncAccelerator
+from rannc_hf.integrations.adapters import is_adapter, saved_names
 from rannc_hf.integrations.weights import load_weights, same_weights, weight_files
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class SavingTrainer(Trainer):
             super()._save(output_dir, state_dict)
             return
         if not isinstance(self.model, PreTrainedModel):
-            super()._save(output_dir, self.accelerator.get_state_dict(model))
+            super()._save(output_dir, model.full_state_dict(saved_names(self.model)))
         elif self.args.should_save:
             # It calls `self.model.save_pretrained`, in which every process writes its part.
             super()._save(output_dir)
@@ -89,7 +90,7 @@ class SavingTrainer(Trainer):
 
     def _choose_weights(self, staging: Staging, model: RanncModel, output_dir: str) -> Weights:
         """None where training can go on from what `from_pretrained` reads."""
-        if _is_adapter(self.model):
+        if is_adapter(self.model):
             return "trainable"
         return (
             "none"
@@ -142,11 +143,6 @@ def _restore(model: RanncModel, checkpoint: str) -> None:
     states = os.path.join(checkpoint, STATES)
     if not (os.path.isdir(states) and load_weights_from(states, model)):
         load_weights(model, checkpoint)
-
-
-def _is_adapter(model: nn.Module) -> bool:
-    """Whether `save_pretrained` writes an adapter, and the script gives the weights that it is for."""
-    return hasattr(model, "peft_config") or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def _is_deferred(model: nn.Module) -> bool:
