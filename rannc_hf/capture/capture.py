@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .blocks import make_blocks
 from .errors import CaptureError
+from .experts import graph_friendly_experts, told_of_router_losses
 from .export import Export, batch_size, export_step
 from .graph import Block, Graph, ParameterSpec
 from .passes.cleanup import drop_assertions, drop_dead, drop_lifts
@@ -57,7 +58,7 @@ def capture(
     """
     inputs = _arguments(model, batch)
     total = batch_size(inputs)
-    with preserved(model):
+    with preserved(model), graph_friendly_experts(model), told_of_router_losses():
         # Modules that the user has set apart (a frozen part in eval mode) keep their own mode.
         if model.training != training:
             model.train(training)
@@ -68,8 +69,8 @@ def capture(
         small, large = (
             _step(export_step(model, inputs, n, total, dtype, loss), model, batch, training, loss) for n in SAMPLES
         )
-    merge(small.graph, large.graph, (small.export.constants, large.export.constants))
-    return _finish(small, model, training)
+        merge(small.graph, large.graph, (small.export.constants, large.export.constants))
+        return _finish(small, model, training)
 
 
 @dataclass(frozen=True)

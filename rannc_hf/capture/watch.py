@@ -71,7 +71,7 @@ class Watch:
             names[id(parameter)] = name
         found = set()
         for step in _history(starts):
-            if isinstance(step, BackwardCFunction) and _name(step) not in _EXACT:
+            if isinstance(step, BackwardCFunction) and not _keeps_backward(_name(step)):
                 raise CaptureError(_refuse_function(_name(step)))
             variable = getattr(step, "variable", None)
             if id(variable) in names:
@@ -123,6 +123,12 @@ def _name(step: Any) -> str:
     """The autograd function of a step of the backward, with its module."""
     function = getattr(step, "_forward_cls", type(step))
     return f"{function.__module__}.{function.__qualname__}"
+
+
+def _keeps_backward(name: str) -> bool:
+    """Whether a captured step has the backward of this autograd function."""
+    # That of an operation registered with PyTorch belongs to the operation, which stays what it is.
+    return name in _EXACT or name.startswith("torch._library.autograd.")
 
 
 def _refuse_function(name: str) -> str:

@@ -96,7 +96,7 @@ def matmul_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 _PRODUCTS = words(
     "linear addmm baddbmm addbmm addmv mm bmm mv matmul convolution conv1d conv2d conv3d conv_transpose1d "
-    "conv_transpose2d conv_transpose3d"
+    "conv_transpose2d conv_transpose3d expert_linear"
 )
 
 

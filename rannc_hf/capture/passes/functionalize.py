@@ -197,6 +197,9 @@ def _is_view(node: fx.Node) -> bool:
     if not isinstance(source, fx.Node):
         return False
     own = schema(node)
+    if node.target is operator.getitem and not _memory(source) & _memories(source):
+        # One of the results of an operation that is no view (`topk`): it has memory of its own.
+        return False
     may = node.target is operator.getitem or (own is not None and any(r.alias_info is not None for r in own.returns))
     # `reshape`, `contiguous` and `to` are views only sometimes: their memory tells.
     return may and not (own is not None and own.is_mutable) and bool(_memory(node) & _memory(source))
@@ -206,6 +209,11 @@ def _memory(node: fx.Node) -> set[int]:
     values = node.meta.get("val")
     values = values if isinstance(values, (tuple, list)) else (values,)
     return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
+
+
+def _memories(node: fx.Node) -> set[int]:
+    """The memory of what a node works on."""
+    return {memory for source in node.all_input_nodes for memory in _memory(source)}
 
 
 def _functional(node: fx.Node) -> Any:

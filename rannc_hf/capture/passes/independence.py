@@ -15,8 +15,8 @@ import torch.fx as fx
 
 from ..errors import CaptureError, where
 from .order import check_order
-from .per_sample import spec
-from .schema import argument, has_argument, name_of
+from .per_sample import batched, spec
+from .schema import argument, has_argument, name_of, schema
 
 
 def check_independent(graph: fx.Graph, preamble: set[fx.Node]) -> None:
@@ -29,9 +29,25 @@ def check_independent(graph: fx.Graph, preamble: set[fx.Node]) -> None:
         if node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(f"{node.target} in {where(node)} is an operation with a body, which is not supported")
         if node.op == "call_function":
+            _check_known(node)
             _check_statistics(node)
             _check_dimensions(node)
     check_order(graph, preamble)
+
+
+def _check_known(node: fx.Node) -> None:
+    """Refuse operations of other libraries: nothing tells whether they keep samples apart."""
+    own = schema(node)
+    if own is None or own.name.split("::")[0] in _KNOWN or not any(batched(n) for n in node.all_input_nodes):
+        return
+    raise CaptureError(
+        f"{node.target} in {where(node)} is an operation of a library that rannc does not know, which may let the "
+        "samples of a batch influence each other: use an implementation made of PyTorch's own operations"
+    )
+
+
+_KNOWN = ("aten", "prims", "rannc")
+"""Namespaces of operations."""
 
 
 def _check_statistics(node: fx.Node) -> None:
