@@ -30,15 +30,17 @@ def make_blocks(
     parameter_names: Mapping[str, str],
     outputs: set[fx.Node],
     sums: set[fx.Node],
+    together: Sequence[set[fx.Node]] = (),
 ) -> tuple[Block, ...]:
     """Blocks over the operations of `graph` outside the preamble.
 
-    `outputs` are nodes needed by the user; `sums` hold sums over the samples of a slice, which never leave a block.
+    `outputs` are nodes needed by the user; `sums` hold sums over the samples of a slice, which never leave a block;
+    sets of operations in `together` are not cut.
     """
     body = [n for n in graph.nodes if n.op == "call_function" and n not in preamble]
     if not body:
         return ()
-    cuts = _cuts(body, parameter_names, outputs, sums)
+    cuts = _cuts(body, parameter_names, outputs, sums, together)
     position = {n: i for i, n in enumerate(body)}
     bounds = [0, *cuts, len(body)]
     blocks = []
@@ -66,9 +68,18 @@ def rebuilt(graph: Graph, block: Block) -> Block:
 
 
 def _cuts(
-    body: list[fx.Node], parameter_names: Mapping[str, str], outputs: set[fx.Node], sums: set[fx.Node]
+    body: list[fx.Node],
+    parameter_names: Mapping[str, str],
+    outputs: set[fx.Node],
+    sums: set[fx.Node],
+    together: Sequence[set[fx.Node]],
 ) -> list[int]:
     crossing = _crossing_bytes(body, outputs, sums)
+    position = {n: i for i, n in enumerate(body)}
+    for nodes in together:
+        places = sorted(position[n] for n in nodes if n in position)
+        for i in range(places[0] + 1, places[-1] + 1) if places else ():
+            crossing[i] = None
     units = _units(body)
     cuts = [i for i in range(1, len(body)) if units[i] != units[i - 1] and crossing[i] is not None]
     bounds = [0, *cuts, len(body)]

@@ -18,14 +18,17 @@ from .errors import CaptureError
 from .experts import graph_friendly_experts, told_of_router_losses
 from .export import Export, batch_size, export_step
 from .graph import Block, Graph, ParameterSpec
+from .passes.batch_norm import expose_statistics
 from .passes.cleanup import drop_assertions, drop_dead, drop_lifts
 from .passes.counts import Counts, count_samples
 from .passes.functionalize import functionalize
 from .passes.independence import check_independent
 from .passes.loss import globalize
+from .passes.out_variants import rewrite_outs
 from .passes.per_sample import SAMPLES, merge, spec
 from .passes.preamble import copy_outputs, mark_gradients, mark_preamble
 from .passes.regions import inline_regions
+from .passes.updates import check_samples, hoist, local_nodes, reduced, touching
 from .state import preserved
 from .watch import Losses, find_loss, is_loss
 
@@ -63,6 +66,8 @@ def capture(
         if model.training != training:
             model.train(training)
         for module in model.modules():
+            if isinstance(module, nn.SyncBatchNorm) and module.training:
+                raise CaptureError(_NO_SYNC)
             # What is recomputed is up to the plan.
             if getattr(module, "gradient_checkpointing", False):
                 module.__dict__["gradient_checkpointing"] = False
@@ -84,6 +89,8 @@ class _Step:
     """The path of the loss."""
     split: bool
     """Whether a training step's loss is computed outside of it."""
+    updates: tuple[str, ...]
+    """Placeholders of the buffers that the step writes to, whose new values follow the outputs."""
 
     @property
     def graph(self) -> fx.Graph:
@@ -112,11 +119,15 @@ def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: 
     output.args = (tuple(values[name] for name in paths.values()),)
     inline_regions(export.module)
     drop_assertions(graph)
+    expose_statistics(graph, export.fake_mode)
+    rewrite_outs(graph, export.fake_mode)
     drop_dead(graph, keep=[n.name for n in graph.nodes if n.is_impure()])
-    functionalize(graph, export.fake_mode, export.buffer_inputs, export.parameter_inputs)
+    updates = functionalize(graph, export.fake_mode, export.buffer_inputs, export.parameter_inputs, training=training)
+    output.args = ((*output.args[0], *updates.values()),)
     drop_lifts(graph)
     drop_dead(graph)
-    return _Step(export, paths, loss_path, split)
+    hoist(graph, updates.values())
+    return _Step(export, paths, loss_path, split, tuple(updates))
 
 
 def _finish(step: _Step, model: nn.Module, training: bool) -> Graph:
@@ -124,28 +135,32 @@ def _finish(step: _Step, model: nn.Module, training: bool) -> Graph:
     specs, names = _parameters(model, export)
     _redirect_tied(graph, names)
     drop_dead(graph)
-    preamble = mark_preamble(graph, names)
-    check_independent(graph, preamble)
+    preamble = mark_preamble(graph, {*names, *step.updates})
+    preamble.update(n for n in graph.nodes if n.name in step.updates)
     output = next(n for n in graph.nodes if n.op == "output")
     by_path = dict(zip(step.paths, output.args[0]))
-    counts = Counts(graph, preamble, export.fake_mode)
+    local = local_nodes(graph, by_path.values())
+    check_independent(graph, preamble, local, training)
+    counts = Counts(graph, preamble, export.fake_mode, local)
     count_samples(counts)
     sums = globalize(graph, counts, by_path[step.loss] if step.loss is not None else None)
-    if not training or step.split:
-        copy_outputs(graph, preamble)
-    _mark_needs_grad(graph, {p for p, n in names.items() if specs[n].trainable})
+    check_samples(local, sums, {p: export.buffer_inputs[p] for p in step.updates})
+    copy_outputs(graph, preamble)
+    _mark_needs_grad(graph, {p for p, n in names.items() if specs[n].trainable}, local)
     # Outputs may have been replaced by their global form.
     by_path = dict(zip(step.paths, output.args[0]))
+    updates = dict(zip(step.updates, output.args[0][len(step.paths) :]))
     drop_dead(graph, keep={c.node for c in counts.made if c.node is not None})
     live = {n.name for n in graph.nodes}
     outputs = {path: node.name for path, node in by_path.items()}
-    blocks = make_blocks(graph, preamble, names, set(by_path.values()), sums)
+    wanted = {*by_path.values(), *updates.values()}
+    blocks = make_blocks(graph, preamble, names, wanted, sums | reduced(local), touching(graph, updates))
     result = Graph(
         fx_graph=graph,
         training=training,
         parameters=specs,
         parameter_inputs={p: n for p, n in names.items() if p in live},
-        buffer_inputs={p: n for p, n in export.buffer_inputs.items() if p in live},
+        buffer_inputs={p: n for p, n in export.buffer_inputs.items() if p in live or p in updates},
         constants={p: t for p, t in export.constants.items() if p in live},
         batch_inputs={p: f for p, f in export.batch_inputs.items() if p in live},
         counts=tuple(c for c in counts.made if c.placeholder in live),
@@ -156,6 +171,7 @@ def _finish(step: _Step, model: nn.Module, training: bool) -> Graph:
         outputs=outputs,
         output_spec=export.output_spec,
         output_leaves=_leaves(step),
+        updates={p: node.name for p, node in updates.items()},
         sums=frozenset(n.name for n in sums if n.name in live),
         structural_hash=_hash(blocks, specs),
         split=step.split,
@@ -163,6 +179,12 @@ def _finish(step: _Step, model: nn.Module, training: bool) -> Graph:
     if training:
         _check_gradients(result, export.gradients)
     return result
+
+
+_NO_SYNC = (
+    "SyncBatchNorm takes its statistics over the samples of all processes, and rannc takes them over a slice of the "
+    "batch: use BatchNorm1d, 2d or 3d (with few microbatches, if slices are small), or put the module into eval mode"
+)
 
 
 # -- outputs ---------------------------------------------------------------------------------------------------------
@@ -225,8 +247,9 @@ def _redirect_tied(graph: fx.Graph, names: Mapping[str, str]) -> None:
                 node.replace_all_uses_with(kept)
 
 
-def _mark_needs_grad(graph: fx.Graph, trainable: set[str]) -> None:
-    carriers = mark_gradients(graph, trainable)
+def _mark_needs_grad(graph: fx.Graph, trainable: set[str], local: set[fx.Node]) -> None:
+    # No gradient comes back from a buffer.
+    carriers = mark_gradients(graph, trainable) - local
     for node in graph.nodes:
         own = spec(node)
         node.meta["needs_grad"] = node in carriers

@@ -124,6 +124,8 @@ class Graph:
     """Structure of what `forward` returns."""
     output_leaves: tuple[str | None, ...] = ()
     """For each leaf of `output_spec`, its path in `outputs`; None for what is not a tensor or is not computed."""
+    updates: Mapping[str, str] = field(default_factory=dict)
+    """Placeholder of a buffer that the step writes to, to the node that holds its new value."""
     sums: frozenset[str] = frozenset()
     """Values that are sums over the samples of a slice: those of all slices add up to that of the whole batch."""
     structural_hash: str = field(default="")

@@ -88,7 +88,7 @@ def _pack(graph: Graph) -> dict[str, Any]:
     }
 
 
-_MAPS = ("parameter_inputs", "buffer_inputs", "batch_inputs", "outputs")
+_MAPS = ("parameter_inputs", "buffer_inputs", "batch_inputs", "outputs", "updates")
 
 
 def _unpack(data: dict[str, Any], constants: Mapping[str, torch.Tensor]) -> Graph:

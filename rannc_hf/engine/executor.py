@@ -47,8 +47,8 @@ class Step:
     compute: Mapping[int, Sequence[StageReplica]]
     """What computes each microbatch in each stage that this rank runs: a variant of the stage."""
     microbatches: Sequence[Microbatch]
-    batch: Mapping[str, torch.Tensor]
-    """Graph inputs by placeholder, for the global batch."""
+    batch: dict[str, torch.Tensor]
+    """Graph inputs by placeholder, for the global batch; buffers as this replica's last forward has left them."""
     batched: frozenset[str]
     """Those of them that have the samples in dimension 0."""
     counts: Sequence[Mapping[str, torch.Tensor]]
@@ -122,7 +122,10 @@ class Executor:
             batch = part_of(step.batch, step.batched, first, first + samples)
             batch.update(step.counts[index])
         inputs = _arrived(step, instruction.slot)
-        outputs = compute.forward(index, samples, dict(inputs), batch, (step.number, index, start), step.train)
+        stream = (step.number, index, start)
+        outputs, updates = compute.forward(index, samples, dict(inputs), batch, stream, step.train)
+        if stop > start:
+            step.batch.update(updates)
         if stage == self._loss_stage and stop > start:
             assert self._loss is not None
             step.losses[index] = outputs[self._loss]

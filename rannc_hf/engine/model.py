@@ -17,6 +17,7 @@ from rannc_hf.capture.export import bind_arguments
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import state
 from rannc_hf.engine.batch import Gatherer, GlobalBatch
+from rannc_hf.engine.buffers import announce
 from rannc_hf.engine.deferred import refuse_unknown
 from rannc_hf.engine.lengths import Lengths
 from rannc_hf.engine.meter import Meter
@@ -228,8 +229,10 @@ class RanncModel(nn.Module):
         self._planned_key = (True, describe_shapes(batch))
         while self._at_partition:
             self._at_partition.pop(next(iter(self._at_partition)))()
-        if self._on_plan is not None and self.transport.rank == 0:
-            self._on_plan(plan, graph)
+        if self.transport.rank == 0:
+            announce(graph, plan, self.transport.world_size)
+            if self._on_plan is not None:
+                self._on_plan(plan, graph)
 
     def _find_plan(self, graph: Graph, batch_size: int, batch: GlobalBatch) -> Plan:
         assert batch_size == batch.samples

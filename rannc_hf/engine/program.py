@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.fx as fx
 
 from rannc_hf.capture.blocks import block_of
 from rannc_hf.capture.graph import Block, Graph
+from rannc_hf.capture.passes.updates import local_nodes, reduced
 from rannc_hf.partition.plan import Plan
 
 
@@ -35,6 +36,8 @@ class StageProgram:
     """Values that later stages, or the user, need."""
     preamble: tuple[str, ...]
     """Preamble values the blocks use, recomputed here from the batch."""
+    updates: Mapping[str, str] = field(default_factory=dict)
+    """Placeholder of a buffer that this stage writes to, to its new value: `Graph.updates`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def _place_by_parameters(graph: Graph, holders: Mapping[str, tuple[int, ...]], s
             )
         stage_of[node] = candidates[0]
         nodes[candidates[0]].append(node)
-    wanted = set(graph.outputs.values())
+    wanted = {*graph.outputs.values(), *graph.updates.values()}
     result: list[tuple[Block, ...]] = []
     for stage in range(stages):
         inside = set(nodes[stage])
@@ -133,7 +136,27 @@ def _connect(graph: Graph, blocks: Sequence[tuple[Block, ...]]) -> Program:
                 inputs=tuple(v for e in edges if e.consumer == index for v in e.values),
                 outputs=tuple(v for block in group for v in block.outputs if v in sent or v in wanted),
                 preamble=tuple(dict.fromkeys(v for block in group for v in block.preamble)),
+                updates={p: v for p, v in graph.updates.items() if producer[v] == index},
             )
         )
+    _check_updates(graph, stages)
     outputs = {path: (producer[v], v) for path, v in graph.outputs.items() if v in producer}
     return Program(graph, tuple(stages), edges, outputs)
+
+
+def _check_updates(graph: Graph, stages: Sequence[StageProgram]) -> None:
+    """A buffer that is written is read and written in one stage, from values of that stage's samples.
+
+    Blocks are cut so that this holds for the graph that the plan was made for.
+    """
+    local = local_nodes(graph.fx_graph, [n for n in graph.fx_graph.nodes if n.name in graph.outputs.values()])
+    own = {node.name for node in reduced(local)}
+    for stage in stages:
+        elsewhere = {p for other in stages if other is not stage for p in other.updates}
+        shared = elsewhere.intersection(stage.preamble) or own.intersection(stage.inputs)
+        if shared:
+            names = sorted(graph.buffer_inputs.get(p, p) for p in shared)
+            raise ValueError(
+                f"this batch updates buffer '{names[0]}' in another stage than uses it, because the model takes "
+                "another path than in the batch the plan was made for; plan with a batch of the kind that is trained on"
+            )

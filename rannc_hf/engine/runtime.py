@@ -14,6 +14,7 @@ from rannc_hf.capture.graph import Graph
 from rannc_hf.capture.passes.masks import unmask
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine.batch import GlobalBatch
+from rannc_hf.engine.buffers import UpdatedBuffers
 from rannc_hf.engine.delivery import deliver, find_routes, output_channels
 from rannc_hf.engine.executor import Executor, Microbatch, Step, channels, part_of
 from rannc_hf.engine.functions import Compilation, Functions, wants_compiled
@@ -69,6 +70,7 @@ class Runtime:
 
         unmasked = transport.once(lambda: unmask(self.graph), "the graph without masks")
         self._variants = {s: Variants(program.stages[s], self.graph, unmasked, replica) for s in self.stages}
+        self.buffers = UpdatedBuffers(program, plan, model, transport, device)
         self._edges = {(e.producer, e.consumer): bool(e.gradients) for e in program.edges}
         self._lists: dict[int, list[Action]] = {}
         self._prepared: dict[tuple[int, ...], list[Instruction]] = {}
@@ -97,6 +99,7 @@ class Runtime:
         step = Step(compute, microbatches, inputs, batched, everyone, number, train=True, scale=scale)
         self.store.begin_step()
         self.executor.run(self._instructions(sizes), step)
+        self.buffers.write(step.batch)
         self.ran_once()
         assert self.graph.loss is not None
         loss = torch.zeros((), dtype=self.graph.values[self.graph.loss].dtype, device=self.device)
@@ -138,6 +141,7 @@ class Runtime:
         if key not in self._halves:
             if len(self._halves) == _MOST_PREPARED:
                 self._halves.clear()
+            self.buffers.check_slices(sizes)
             stages, groups = len(self.plan.stages), self.plan.groups
             forwards = lower_forward(stages, len(sizes), self._edges, len(groups))
             backwards = lower_backward(stages, len(sizes), self._edges, len(groups))
@@ -189,6 +193,8 @@ class Runtime:
         if key not in self._prepared:
             if len(self._prepared) == _MOST_PREPARED:
                 self._prepared.clear()
+            if self.graph.training:
+                self.buffers.check_slices(sizes)
             self._prepared[key] = self._preparation.prepare(self._actions(len(sizes)), sizes)
         return self._prepared[key]
 
@@ -226,7 +232,9 @@ class Runtime:
         """Graph inputs by placeholder, and which of them have samples."""
         inputs = {p: batch.fields[f] for p, f in self.graph.batch_inputs.items()}
         for placeholder, name in self.graph.buffer_inputs.items():
-            inputs[placeholder] = self._model.get_buffer(name)
+            buffer = self._model.get_buffer(name)
+            # Between a forward and a backward of the script's, the buffer gets its new value.
+            inputs[placeholder] = buffer.clone() if self.graph.split and placeholder in self.graph.updates else buffer
         inputs.update(self._constants)
         return inputs, frozenset(p for p, f in self.graph.batch_inputs.items() if f in batch.batched)
 

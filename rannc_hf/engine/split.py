@@ -65,6 +65,7 @@ class SplitStep:
         assert step is not None
         try:
             executor.perform(self._runtime.split_instructions(step, backward=False), step)
+            self._runtime.buffers.write(step.batch)
             own = deliver(executor, step, self._routes, self._shards)
             step.outputs.clear()
             # One variant of a stage computes all microbatches: rows are not picked where all outputs are wanted.

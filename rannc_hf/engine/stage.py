@@ -32,8 +32,8 @@ class StageReplica:
 
     def forward(
         self, microbatch: int, samples: int, inputs: Tensors, batch: Tensors, stream: tuple[int, ...], keep: bool
-    ) -> dict[str, torch.Tensor]:
-        """Outputs of the stage.
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Outputs of the stage, and the new values of buffers by placeholder.
 
         Args:
             samples: number of samples in `inputs` and `batch`.
@@ -54,7 +54,8 @@ class StageReplica:
             kept.append(run)
         if keep:
             self._in_flight[microbatch] = samples, kept
-        return {name: values[name] for name in self.program.outputs}
+        outputs = {name: values[name] for name in self.program.outputs}
+        return outputs, {buffer: values[name] for buffer, name in self.program.updates.items()}
 
     def _run(self, block: Block, run: _Kept, values: Tensors, keep: bool) -> Sequence[torch.Tensor]:
         arguments = [self.parameters[p] for p in block.parameters]

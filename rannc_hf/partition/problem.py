@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from rannc_hf.capture.graph import Graph
+from rannc_hf.capture.passes.batch_norm import slice_statistics
 from rannc_hf.config import RanncConfig
 from rannc_hf.cost.devices import GIB
 from rannc_hf.cost.table import CostTable
@@ -38,6 +39,10 @@ class Way(NamedTuple):
     half: Half
 
 
+_ENOUGH_SAMPLES = 16
+"""The error of batch normalisation grows below this number of samples (Wu and He, Group Normalization, 2018)."""
+
+
 def memory_limit(cluster: Cluster, config: RanncConfig) -> float:
     """Bytes that a plan may use of each device."""
     if config.memory_limit_gib != "auto":
@@ -55,9 +60,12 @@ class Problem:
     batch_size: int
     config: RanncConfig
     segments: Segments = field(init=False)
+    least_slice: int = field(init=False)
+    """Samples that a replica gets of a microbatch at least: see `_least_slice`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "segments", segments(self.graph))
+        object.__setattr__(self, "least_slice", _least_slice(self))
 
     @property
     def memory_bytes(self) -> float:
@@ -99,3 +107,17 @@ class Problem:
         nodes = range(-(-replicas // cluster.devices_per_node), min(replicas, cluster.nodes) + 1)
         halves = [half(cluster, Group(replicas, n, 1.0)) for n in nodes]
         return Way(None, None, Half(min(h.latency_us for h in halves), min(h.us_per_byte for h in halves)))
+
+
+def _least_slice(problem: Problem) -> int:
+    """1, but where batch normalisation takes its statistics over slices as many as a process has under data
+    parallelism, or enough; where the user sets the number of microbatches, what that leaves."""
+    statistics = slice_statistics(problem.graph.fx_graph.nodes)
+    if not statistics:
+        return 1
+    least = min(problem.batch_size // problem.cluster.size, _ENOUGH_SAMPLES)
+    if problem.config.microbatches != "auto":
+        least = min(least, problem.batch_size // problem.config.microbatches)
+        if problem.config.replicas != "auto":
+            least = 1
+    return max(least, 2 if min(statistics.values()) == 1 else 1)

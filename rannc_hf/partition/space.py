@@ -78,6 +78,16 @@ def check_options(problem: Problem) -> None:
                 f"rannc config: microbatches={config.microbatches} leaves {batch // config.microbatches} samples in a "
                 f"microbatch of batch {batch}, but replicas={list(config.replicas)} need {needed}, one each"
             )
+    _check_slices(problem)
+
+
+def _check_slices(problem: Problem) -> None:
+    if not any(replica_choices(problem, m) for m in microbatch_counts(problem)) and problem.least_slice > 1:
+        raise ValueError(
+            f"rannc config: the batch normalisation of this model needs slices of {problem.least_slice} samples or "
+            f"more for its statistics, and with these options a batch of {problem.batch_size} leaves none such: use "
+            "fewer microbatches or replicas, or a larger batch"
+        )
 
 
 def _whole(batch: int, microbatches: int) -> bool:
@@ -96,9 +106,9 @@ def microbatch_counts(problem: Problem) -> list[int]:
 
 
 def replica_choices(problem: Problem, microbatches: int) -> list[int]:
-    """Numbers of replicas a stage may have: no more than a microbatch has samples."""
+    """Numbers of replicas a stage may have: no more than a microbatch has samples, or slices that are large enough."""
     size = problem.cluster.size
-    most = min(size, problem.batch_size // microbatches)
+    most = min(size, problem.batch_size // microbatches // problem.least_slice)
     if problem.config.replicas != "auto":
         wanted = set(problem.config.replicas)
         return sorted(wanted) if max(wanted) <= most else []

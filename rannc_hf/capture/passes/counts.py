@@ -6,6 +6,7 @@ A slice of the batch cannot count them; the engine does, and passes them to ever
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -21,10 +22,19 @@ _aten = torch.ops.aten
 
 
 class Counts:
-    """Adds global counts, and nodes in general, to a graph. New inputs join `preamble`."""
+    """Adds global counts, and nodes in general, to a graph. New inputs join `preamble`.
 
-    def __init__(self, graph: fx.Graph, preamble: set[fx.Node], fake_mode: FakeTensorMode) -> None:
-        self.graph, self.preamble, self.fake_mode = graph, preamble, fake_mode
+    Operations in `local` keep counting the samples of their slice.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        preamble: set[fx.Node],
+        fake_mode: FakeTensorMode,
+        local: Collection[fx.Node] = frozenset(),
+    ) -> None:
+        self.graph, self.preamble, self.fake_mode, self.local = graph, preamble, fake_mode, local
         self.made: list[GlobalCount] = []
         self._known: dict[tuple[fx.Node | None, int], fx.Node] = {}
 
@@ -84,8 +94,15 @@ def count_samples(counts: Counts) -> None:
         CaptureError: for operations that take such a number but no tensor.
     """
     for node in list(counts.graph.nodes):
+        if node in counts.local:
+            continue
         if "per_sample" in node.meta:
-            node.replace_all_uses_with(counts.samples(node.meta["per_sample"]))
+            node.replace_all_uses_with(counts.samples(node.meta["per_sample"]), lambda user: user not in counts.local)
+            if node.users:
+                raise CaptureError(
+                    f"a buffer is updated by a tensor made of the number of samples, in {where(next(iter(node.users)))}"
+                    ": compute with the number itself, `x / len(x)`"
+                )
         elif node.op == "call_function" and name_of(node) != "aten.arange":
             _count_in_arguments(node, counts)
 
@@ -129,14 +146,14 @@ def count_in_preamble(node: fx.Node, counts: Counts) -> None:
     Raises:
         CaptureError: where it is not a sum or a mean.
     """
-    if not node.users:
+    if all(user in counts.local for user in node.users):
         return
     if name_of(node) not in ("aten.sum", "aten.count_nonzero", "aten.mean"):
         raise CaptureError(
             f"{node.target} in {where(node)} computes one value from all samples of the batch; only sums can be "
             "added up over the slices of a split batch"
         )
-    users = list(node.users)
+    users = [user for user in node.users if user not in counts.local]
     averaged = mean_to_sum(node) if name_of(node) == "aten.mean" else None
     value = counts.total(node)
     if averaged is not None:

@@ -15,6 +15,7 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import CaptureError, where
+from .batch_norm import is_new_statistic
 from .schema import schema
 from .views import scatter
 
@@ -22,17 +23,27 @@ _aten = torch.ops.aten
 
 
 def functionalize(
-    graph: fx.Graph, fake_mode: FakeTensorMode, buffers: Mapping[str, str], parameters: Mapping[str, str]
-) -> None:
+    graph: fx.Graph,
+    fake_mode: FakeTensorMode,
+    buffers: Mapping[str, str],
+    parameters: Mapping[str, str],
+    *,
+    training: bool,
+) -> dict[str, fx.Node]:
     """Rewrite `graph` in place; every node keeps a fake value in ``meta["val"]``.
 
-    `buffers` and `parameters` are the names of those by placeholder.
+    `buffers` and `parameters` are the names of those by placeholder. Returns the nodes that hold the new values of
+    buffers that the step writes to, by placeholder.
 
     Raises:
-        CaptureError: when the step writes to a buffer or a parameter, or to a view that cannot be written back.
+        CaptureError: when the step writes to a parameter, or to a buffer in evaluation, or to a view that cannot be
+            written back.
     """
-    if any(_written(n) for n in graph.nodes):
-        _Functionalizer(graph, fake_mode, buffers, parameters).run()
+    if not any(_written(n) for n in graph.nodes):
+        return {}
+    made = _Functionalizer(graph, fake_mode, buffers, parameters, training)
+    made.run()
+    return {root.name: value for root, value in made.current.items() if root.name in buffers}
 
 
 def _written(node: fx.Node) -> fx.Node | None:
@@ -55,8 +66,10 @@ class _Functionalizer:
         fake_mode: FakeTensorMode,
         buffers: Mapping[str, str],
         parameters: Mapping[str, str],
+        training: bool,
     ) -> None:
         self.graph, self.fake_mode, self.buffers, self.parameters = graph, fake_mode, buffers, parameters
+        self.training = training
         self.base: dict[fx.Node, fx.Node] = {}
         """View to the node whose memory it shares."""
         self.current: dict[fx.Node, fx.Node] = {}
@@ -71,7 +84,11 @@ class _Functionalizer:
 
     def run(self) -> None:
         # Decided first: the rewritten graph's values no longer share memory.
-        views = {n for n in self.graph.nodes if _is_view(n)}
+        views: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            # One of several results is a view where all of them are (`split`), and new memory otherwise (`topk`).
+            if _is_view(node) and (node.target is not operator.getitem or node.args[0] in views):
+                views.add(node)
         for node in list(self.graph.nodes):
             if node.op in ("placeholder", "get_attr"):
                 continue
@@ -123,6 +140,8 @@ class _Functionalizer:
         self.check(node, root)
         with self.graph.inserting_before(node):
             value = self.written_value(node, written.meta["val"])
+            if root.name in self.buffers and node.meta.get("no_grad") and self.depends_on_parameters(value):
+                value = self.emit(_aten.detach.default, (value,))
             self.write_back(written, value, root)
         node.replace_all_uses_with(written)
         self.graph.erase_node(node)
@@ -130,11 +149,13 @@ class _Functionalizer:
     def check(self, node: fx.Node, root: fx.Node) -> None:
         """Refuse writes that outlive the step, and those that autograd does not see."""
         if root.name in self.buffers:
-            raise CaptureError(
-                f"the forward updates buffer '{self.buffers[root.name]}' in {where(node)}; statistics that are updated "
-                "by every batch (BatchNorm in training mode) are not supported: use GroupNorm or LayerNorm, or put "
-                "the module into eval mode"
-            )
+            if not self.training:
+                raise CaptureError(
+                    f"the forward updates buffer '{self.buffers[root.name]}' in evaluation mode, in {where(node)}: "
+                    "evaluation is split over ranks, which would then have different values; update it in training "
+                    "mode only"
+                )
+            return
         if root.name in self.parameters:
             raise CaptureError(f"the forward writes to parameter '{self.parameters[root.name]}' in {where(node)}")
         outside = node.meta.get("no_grad") and not root.meta.get("no_grad")
@@ -150,6 +171,8 @@ class _Functionalizer:
             # `aten.copy` has no derivative.
             value = node.args[1]
             assert isinstance(value, fx.Node)
+            if is_new_statistic(value):
+                return value
             value = self.emit(_aten.expand.default, (value, list(old.shape)))
             value = self.emit(_aten._to_copy.default, (value,), {"dtype": old.dtype})
             written = node.args[0]

@@ -7,20 +7,24 @@ that it leaves the samples in an order in which a slice of the batch gives a sli
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from ..errors import CaptureError, where
+from .batch_norm import slice_statistics
 from .order import check_order
 from .per_sample import batched, spec
 from .schema import argument, has_argument, name_of, schema
 
 
-def check_independent(graph: fx.Graph, preamble: set[fx.Node]) -> None:
+def check_independent(graph: fx.Graph, preamble: set[fx.Node], local: Collection[fx.Node], training: bool) -> None:
     """Refuse what mixes samples. Sums and means over samples are left to `globalize`.
+
+    Not refused are `local`, which compute new values of buffers, and in training the statistics of batch normalisation:
+    both are those of a slice.
 
     Raises:
         CaptureError: naming the operation and its module.
@@ -30,9 +34,10 @@ def check_independent(graph: fx.Graph, preamble: set[fx.Node]) -> None:
             raise CaptureError(f"{node.target} in {where(node)} is an operation with a body, which is not supported")
         if node.op == "call_function":
             _check_known(node)
-            _check_statistics(node)
+        if node.op == "call_function" and node not in local:
+            _check_statistics(node, training)
             _check_dimensions(node)
-    check_order(graph, preamble)
+    check_order(graph, preamble, local)
 
 
 def _check_known(node: fx.Node) -> None:
@@ -50,14 +55,17 @@ _KNOWN = ("aten", "prims", "rannc")
 """Namespaces of operations."""
 
 
-def _check_statistics(node: fx.Node) -> None:
-    name = name_of(node)
-    statistics = "batch_norm" in name and argument(node, "training")
-    updates = name == "aten.instance_norm" and argument(node, "use_input_stats") and argument(node, "running_mean")
-    if statistics or updates:
+def _check_statistics(node: fx.Node, training: bool) -> None:
+    if not training and slice_statistics([node]):
         raise CaptureError(
-            f"batch normalisation in training mode ({where(node)}) takes its statistics over the samples of a batch; "
-            "use GroupNorm or LayerNorm, or put the module into eval mode"
+            f"batch normalisation without running statistics ({where(node)}) depends on which samples are evaluated "
+            "together, and rannc splits them: set track_running_stats=True, or use GroupNorm or LayerNorm"
+        )
+    updates = argument(node, "use_input_stats") and isinstance(argument(node, "running_mean"), fx.Node)
+    if name_of(node) == "aten.instance_norm" and updates:
+        raise CaptureError(
+            f"instance normalisation with running statistics ({where(node)}) is not supported: set "
+            "track_running_stats=False"
         )
 
 

@@ -50,7 +50,7 @@ class _Globalizer:
 
     def run(self, loss: fx.Node | None) -> set[fx.Node]:
         for node in list(self.graph.nodes):
-            if node.op != "call_function":
+            if node.op != "call_function" or node in self.counts.local:
                 continue
             if any(n in self.linear for n in node.all_input_nodes):
                 check_linear(node, self.linear, self.counts)

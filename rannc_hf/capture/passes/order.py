@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,15 +44,17 @@ _ANY = _Order(None)
 _PLAIN = _Order(1)
 
 
-def check_order(graph: fx.Graph, preamble: set[fx.Node]) -> None:
+def check_order(graph: fx.Graph, preamble: set[fx.Node], local: Collection[fx.Node] = ()) -> None:
     """Refuse operations that put samples out of order, pick from other samples, or compute with a sample's position.
+
+    Those in `local` see one slice alone, and may.
 
     Raises:
         CaptureError: naming the operation and its module.
     """
     orders: dict[fx.Node, _Order] = {}
     for node in graph.nodes:
-        if not batched(node):
+        if not batched(node) or node in local:
             continue
         if node.op != "call_function":
             orders[node] = _PLAIN
