@@ -19,7 +19,7 @@ from .experts import graph_friendly_experts, told_of_router_losses
 from .export import Export, batch_size, export_step
 from .graph import Block, Graph, ParameterSpec
 from .passes.batch_norm import expose_statistics
-from .passes.cleanup import drop_assertions, drop_dead, drop_lifts
+from .passes.cleanup import drop_assertions, drop_dead, drop_lifts, relax_views
 from .passes.counts import Counts, count_samples
 from .passes.functionalize import functionalize
 from .passes.independence import check_independent
@@ -125,6 +125,7 @@ def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: 
     updates = functionalize(graph, export.fake_mode, export.buffer_inputs, export.parameter_inputs, training=training)
     output.args = ((*output.args[0], *updates.values()),)
     drop_lifts(graph)
+    relax_views(graph)
     drop_dead(graph)
     hoist(graph, updates.values())
     return _Step(export, paths, loss_path, split, tuple(updates))

@@ -26,6 +26,17 @@ def drop_lifts(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def relax_views(graph: fx.Graph) -> None:
+    """Make every `view` a `reshape`, which copies where it must; mutation is handled before, by `functionalize`.
+
+    A tensor may lie in memory in another way than when traced: what comes from another stage is contiguous, and how
+    attention's result lies depends on the kernel that runs it.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is _aten.view.default:
+            node.target = _aten.reshape.default
+
+
 def drop_dead(graph: fx.Graph, keep: Collection[str] = ()) -> None:
     """Erase nodes without users, inputs too; `keep` holds names of nodes to leave."""
     for node in reversed(list(graph.nodes)):
