@@ -166,6 +166,7 @@ def _as_json(planned: _Planned, args: argparse.Namespace) -> dict[str, Any]:
         "parameters": sum(p.numel for p in graph.parameters.values()),
         "stages": stages,
         "replicas": [s.replicas for s in plan.stages],
+        "idle": list(plan.idle),
         "microbatches": plan.microbatches,
         "schedule": plan.schedule,
         "recompute": [s.recompute for s in plan.stages],

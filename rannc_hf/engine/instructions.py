@@ -69,10 +69,8 @@ class Instruction(NamedTuple):
 
 
 def held_stages(plan: Plan, rank: int) -> dict[int, int]:
-    """The stages that a rank runs, and which replica of each it is."""
-    held = {index: stage.ranks.index(rank) for index, stage in enumerate(plan.stages) if rank in stage.ranks}
-    assert held, f"rank {rank} is in no stage"
-    return held
+    """The stages that a rank runs, and which replica of each it is; none for an idle rank."""
+    return {index: stage.ranks.index(rank) for index, stage in enumerate(plan.stages) if rank in stage.ranks}
 
 
 class Preparation:

@@ -57,7 +57,7 @@ class Runtime:
         self.executor = Executor(program, plan, store, transport, device)
         self._preparation = Preparation(program, plan, transport.rank)
         self.stages = tuple(self._preparation.held)
-        """The stages that this rank runs."""
+        """The stages that this rank runs; none where the plan leaves it idle."""
         self._compilation = Compilation(strict=config.compile is True, active=planned)
         if wants_compiled(config, device):
             self._compilation.samples = frozenset[int]().union(*(nominal_slices(plan, s) for s in self.stages))
@@ -147,9 +147,8 @@ class Runtime:
             backwards = lower_backward(stages, len(sizes), self._edges, len(groups))
             both = [[*a, *b] for a, b in zip(forwards, backwards)]
             validate(both, self._edges, len(sizes), training=True, groups=groups)
-            mine = groups.index(self.stages)
             prepare = self._preparation.prepare
-            self._halves[key] = prepare(forwards[mine], sizes), prepare(backwards[mine], sizes)
+            self._halves[key] = prepare(self._own(forwards), sizes), prepare(self._own(backwards), sizes)
         return self._halves[key][backward]
 
     def trained(self, values: tuple[str, ...]) -> frozenset[str]:
@@ -208,8 +207,12 @@ class Runtime:
                 else lower_forward(stages, microbatches, self._edges, len(groups))
             )
             validate(lists, self._edges, microbatches, training, groups)
-            self._lists[microbatches] = lists[groups.index(self.stages)]
+            self._lists[microbatches] = self._own(lists)
         return self._lists[microbatches]
+
+    def _own(self, lists: Sequence[list[Action]]) -> list[Action]:
+        """This rank's of the actions of all groups of ranks."""
+        return lists[self.plan.groups.index(self.stages)] if self.stages else []
 
     def counts(
         self, inputs: Mapping[str, torch.Tensor], batched: frozenset[str], start: int, stop: int

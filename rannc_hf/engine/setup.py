@@ -13,7 +13,7 @@ from rannc_hf.capture import Graph, capture
 from rannc_hf.capture.watch import Losses
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine.transport import Transport
-from rannc_hf.partition.plan import Plan
+from rannc_hf.partition.plan import Plan, ranks_in_words
 from rannc_hf.partition.schedules import SPLIT_SCHEDULE
 
 T = TypeVar("T")
@@ -101,6 +101,12 @@ def plan_agreed(
     def make() -> Plan:
         plan = find(graph, batch_size)
         plan.check(graph, transport.world_size)
+        if plan.idle:
+            logger.warning(
+                "rannc: %s RUN NO STAGE of the plan (%s); with fewer processes the step would be as fast",
+                ranks_in_words(plan.idle),
+                plan.why or "which lists them in `idle`",
+            )
         if config.plan_output is not None:
             plan.save(config.plan_output)
         return plan

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +43,28 @@ class Cluster:
 
     def node(self, rank: int) -> int:
         return rank // self.devices_per_node
+
+    def part(self, nodes: int, devices_per_node: int) -> Cluster:
+        """The first `devices_per_node` devices of each of the first `nodes` nodes."""
+        assert nodes <= self.nodes and devices_per_node <= self.devices_per_node, (nodes, devices_per_node, self)
+        return replace(self, nodes=nodes, devices_per_node=devices_per_node)
+
+    def rank_of(self, part: Cluster, rank: int) -> int:
+        """The rank here of rank `rank` of a `part`."""
+        return part.node(rank) * self.devices_per_node + rank % part.devices_per_node
+
+    def used_by(self, ranks: Collection[int]) -> tuple[Cluster, dict[int, int]]:
+        """The cluster that `ranks` make up, and the rank of each in it.
+
+        That is all of this one where they are not equally many on each node that they are on.
+        """
+        nodes: dict[int, list[int]] = defaultdict(list)
+        for rank in sorted(ranks):
+            nodes[self.node(rank)].append(rank)
+        each = {len(own) for own in nodes.values()}
+        if len(each) > 1:
+            return self, {rank: rank for rank in ranks}
+        return self.part(len(nodes), each.pop()), {rank: i for i, rank in enumerate(sorted(ranks))}
 
     @classmethod
     def parse(cls, text: str) -> Cluster:

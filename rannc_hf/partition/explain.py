@@ -11,6 +11,8 @@ import numpy as np
 from rannc_hf.config import RanncConfig
 from rannc_hf.cost.devices import GIB
 from rannc_hf.partition.cluster import Cluster
+from rannc_hf.partition.fewer import parts
+from rannc_hf.partition.plan import ranks_in_words
 from rannc_hf.partition.problem import Problem
 from rannc_hf.partition.rank import Outcome
 from rannc_hf.partition.space import PlanError, any_fits, microbatch_counts, replica_choices
@@ -52,6 +54,14 @@ def explain_plan(best: Outcome, candidates: int, others: Sequence[Outcome]) -> s
     return "; ".join(parts)
 
 
+def explain_idle(best: Outcome, idle: Sequence[int], on_all: Sequence[Outcome]) -> str:
+    """That the best plan leaves ranks idle, and what the plans on all of them lack."""
+    what = f"leaves {ranks_in_words(idle)} IDLE"
+    if on_all:
+        return f"{what}, since the best plan on all ranks is {_slower(best, on_all[0])} slower"
+    return f"{what}, since no plan on all ranks fits"
+
+
 def why_slower(best: Outcome, other: Outcome) -> str:
     """What a losing candidate loses its time with, against the best one."""
     ours, theirs = best.simulation, other.simulation
@@ -80,9 +90,13 @@ def _slower(best: Outcome, other: Outcome) -> str:
 
 def explain_failure(problem: Problem) -> ValueError:
     """The error for a problem without a plan."""
-    unlimited = replace(problem, config=replace(problem.config, memory_limit_gib=1e9))
-    if not any_fits(unlimited):
+    unlimited = replace(problem.config, memory_limit_gib=1e9)
+    # Memory is what lacks where there is a plan without its limit, perhaps on fewer devices.
+    shaped = (p for p in (problem, *parts(problem)) if any_fits(replace(p, config=unlimited)))
+    found = next(shaped, None)
+    if found is None:
         return _no_shape(problem)
+    problem = found
     size, limit = problem.cluster.size, problem.memory_bytes
     state = problem.segments.whole_bytes
     total = size * limit

@@ -50,6 +50,8 @@ def interleaved(problem: Problem, models: Mapping[int, StageModel], best_us: flo
     promising = [model for model in models.values() if model.step_bound < best_us]
     shapes = sorted(s for model in promising for s in _shapes(problem, model) if s.bound_us < best_us)
     for shape in shapes[:_TRIED]:
+        if shape.bound_us >= best_us:
+            continue
         model = models[shape.microbatches]
         ranks = tuple(stage_ranks(problem.cluster, shape.placement, shape.replicas)) * shape.laps
         for choice in _fitting(problem, model, shape):
@@ -58,7 +60,8 @@ def interleaved(problem: Problem, models: Mapping[int, StageModel], best_us: flo
             candidate = Candidate(
                 shape.microbatches, INTERLEAVED, shape.placement, shape.stages, choices, simulation.step_us
             )
-            found.append(Outcome(candidate, ranks, times, simulation))
+            found.append(Outcome(model, candidate, ranks, times, simulation))
+            best_us = min(best_us, simulation.step_us)
     return found
 
 
@@ -76,8 +79,11 @@ def _shapes(problem: Problem, model: StageModel) -> Iterator[_Shape]:
             sum(float(each[row, s.first : s.last + 1].sum()) for s in stages[group :: len(replicas)])
             for group, row in enumerate(rows)
         ]
-        bound = microbatches * max(computed)
-        estimate = bound + (len(replicas) - 1) / laps * max(computed)
+        # A group begins when a microbatch has come through those before it, and its last one has to go back.
+        first_lap = [float(each[row, s.first : s.last + 1].sum()) for row, s in zip(rows, stages)]
+        waits = np.concatenate([[0.0], np.cumsum(first_lap)[:-1]])
+        bound = float((microbatches * np.array(computed) + waits).max())
+        estimate = (microbatches + (len(replicas) - 1) / laps) * max(computed)
         for placement, allowed in model.placements.items():
             if set(replicas) <= set(allowed):
                 yield _Shape(estimate, bound, microbatches, placement, replicas, laps, stages)

@@ -86,10 +86,13 @@ class Plan:
     why: str = ""
     """Why this plan was chosen, for a person to read."""
     runners_up: tuple[RunnerUp, ...] = ()
+    idle: tuple[int, ...] = ()
+    """Ranks that run no stage. They pass their samples, and take part in what all ranks do, like the others."""
 
     @property
     def world_size(self) -> int:
-        return len({rank for s in self.stages for rank in s.ranks})
+        """Number of ranks, idle ones included."""
+        return len({*self.idle, *(rank for s in self.stages for rank in s.ranks)})
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -215,11 +218,22 @@ class Plan:
                 if rank in owner:
                     raise PlanFieldError(name, f"has rank {rank}, which stages[{owner[rank]}] has already")
                 owner[rank] = index
-        missing = [r for r in range(world_size) if r not in owner]
+        for index, rank in enumerate(self.idle):
+            if not 0 <= rank < world_size:
+                problem = f"is {rank}, but there are {world_size} processes (0 to {world_size - 1})"
+            elif rank in owner:
+                problem = f"is {rank}, which stages[{owner[rank]}] has"
+            elif rank in self.idle[:index]:
+                problem = f"is {rank}, which is in the list already"
+            else:
+                continue
+            raise PlanFieldError(f"idle[{index}]", problem)
+        missing = [r for r in range(world_size) if r not in owner and r not in self.idle]
         if missing:
             raise PlanFieldError(
                 "stages[*].ranks",
-                f"use {len(owner)} ranks, but there are {world_size} processes: no stage has {short_ranks(missing)}",
+                f"use {len(owner)} ranks, but there are {world_size} processes: no stage has {short_ranks(missing)}; "
+                "give a stage more ranks, launch fewer processes, or list ranks that are to run nothing in `idle`",
             )
 
     def _check_groups(self) -> int:
@@ -277,9 +291,15 @@ class Plan:
                 f"Plan({len(self.stages)} stages on {self.world_size} ranks, batch {self.batch_size} in "
                 f"{self.microbatches} microbatches, {self.schedule}, predicted step {self.step_time_us / 1e3:.1f} ms)",
                 *table,
+                *([f"no stage runs on {ranks_in_words(self.idle)}"] if self.idle else []),
                 *([self.why] if self.why else []),
             ]
         )
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """ "rank 3", or "ranks 4-7"."""
+    return f"rank{'s' * (len(ranks) > 1)} {short_ranks(ranks)}"
 
 
 def short_ranks(ranks: Sequence[int]) -> str:

@@ -25,12 +25,14 @@ def predict(plan: Plan, graph: Graph, costs: CostTable, cluster: Cluster) -> Pla
     Raises ValueError, naming the field, for a plan that cannot train `graph` on `cluster`.
     """
     plan.check(graph, cluster.size)
-    problem = Problem(graph, costs, cluster, plan.batch_size, RanncConfig())
+    part, place = cluster.used_by({rank for s in plan.stages for rank in s.ranks})
+    problem = Problem(graph, costs, part, plan.batch_size, RanncConfig())
     model = StageModel(problem, plan.microbatches, sorted({s.replicas for s in plan.stages}))
     stages = [Stage(s.first_block, s.last_block, s.replicas) for s in plan.stages]
     # One replica divides nothing, whatever its plan says.
     choices = [Choice(s.recompute, s.shard if s.replicas > 1 else "none") for s in plan.stages]
-    times, simulation = simulate_on(model, plan.schedule, stages, choices, [s.ranks for s in plan.stages])
+    ranks = [tuple(place[rank] for rank in s.ranks) for s in plan.stages]
+    times, simulation = simulate_on(model, plan.schedule, stages, choices, ranks)
     predicted = tuple(
         replace(
             stage,

@@ -28,6 +28,7 @@ Ranks = tuple[int, ...]
 class Outcome:
     """A candidate, simulated."""
 
+    model: StageModel
     candidate: Candidate
     ranks: tuple[Ranks, ...]
     times: tuple[StageTimes, ...]
@@ -46,7 +47,7 @@ def fastest_first(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def _simulate(model: StageModel, c: Candidate) -> Outcome:
     ranks = tuple(stage_ranks(model.problem.cluster, c.placement, c.replicas))
-    return Outcome(c, ranks, *simulate_on(model, c.schedule, c.stages, c.choices, ranks))
+    return Outcome(model, c, ranks, *simulate_on(model, c.schedule, c.stages, c.choices, ranks))
 
 
 def simulate_on(

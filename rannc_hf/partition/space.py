@@ -13,7 +13,7 @@ from rannc_hf.partition.tables import Limits
 _NEVER = float("inf")
 _SLACK = 1.02
 """Candidates of each number of microbatches are collected up to this much above the best estimate."""
-_COLUMNS = 64
+COLUMNS = 64
 """Above this many devices, replicas are multiples of a number of devices."""
 
 
@@ -112,7 +112,7 @@ def replica_choices(problem: Problem, microbatches: int) -> list[int]:
     if problem.config.replicas != "auto":
         wanted = set(problem.config.replicas)
         return sorted(wanted) if max(wanted) <= most else []
-    unit = next(u for u in range(1, size + 1) if size % u == 0 and size // u <= _COLUMNS)
+    unit = next(u for u in range(1, size + 1) if size % u == 0 and size // u <= COLUMNS)
     return list(range(unit, most + 1, unit))
 
 
@@ -123,7 +123,7 @@ def limits(problem: Problem) -> Limits:
         return Limits(len(config.replicas), exact=True, replicas=config.replicas)
     if config.stages != "auto":
         return Limits(config.stages, exact=True)
-    return Limits(min(problem.cluster.size, problem.segments.count, _COLUMNS))
+    return Limits(min(problem.cluster.size, problem.segments.count, COLUMNS))
 
 
 def models_of(problem: Problem) -> dict[int, StageModel]:
@@ -132,8 +132,11 @@ def models_of(problem: Problem) -> dict[int, StageModel]:
     return {m: StageModel(problem, m, found) for m, found in replicas.items() if found}
 
 
-def search(problem: Problem, models: dict[int, StageModel]) -> list[Candidate]:
-    """Candidates for all numbers of microbatches, the best estimate first; fills `models` for the ones tried."""
+def search(problem: Problem, models: dict[int, StageModel], ceiling_us: float = _NEVER) -> list[Candidate]:
+    """Candidates for all numbers of microbatches, the best estimate first; fills `models` for the ones tried.
+
+    Those with an estimate above `ceiling_us` do not matter.
+    """
     models |= models_of(problem)
     if problem.config.schedule == INTERLEAVED:
         return []
@@ -148,11 +151,12 @@ def search(problem: Problem, models: dict[int, StageModel]) -> list[Candidate]:
         promise = min((c.estimate_us for c in even), default=_NEVER)
         order.append((promise, model.step_bound + model.sum_bound, model.microbatches))
     best = min((c.estimate_us for c in found), default=_NEVER)
+    best = min(best, ceiling_us / _SLACK)
     for model in (models[m] for *_, m in sorted(order)):
         model.begin(best * _SLACK)
         for schedule in schedules(problem, model.microbatches):
             found += best_candidates(model, schedule, allowed, best * _SLACK)
-            best = min((c.estimate_us for c in found), default=best)
+            best = min(best, min((c.estimate_us for c in found), default=best))
         model.begin(_NEVER)
     return sorted(set(found), key=_order)
 

@@ -42,7 +42,8 @@ def timeline(plan: Plan, graph: Graph | None = None, cluster: Cluster | None = N
         return Timeline(kept, simulation, complete=False)
     seg = segments(graph)
     stages = [Stage(s.first_block, s.last_block, s.replicas) for s in plan.stages]
-    ranks = [s.ranks for s in plan.stages]
+    cluster, place = cluster.used_by({rank for s in plan.stages for rank in s.ranks})
+    ranks = [tuple(place[rank] for rank in s.ranks) for s in plan.stages]
     ends = [
         stage_ends(
             graph,
@@ -50,10 +51,10 @@ def timeline(plan: Plan, graph: Graph | None = None, cluster: Cluster | None = N
             cluster,
             stage,
             Choice(s.recompute, s.shard),
-            s.ranks,
+            own,
             s.predicted_backward_us - s.predicted_again_us,
         )
-        for stage, s in zip(stages, plan.stages)
+        for stage, s, own in zip(stages, plan.stages, ranks)
     ]
     times = [StageTimes(*pair, float(e.head), float(e.exposed), float(e.optimizer)) for pair, e in zip(computes, ends)]
     samples = -(-plan.batch_size // plan.microbatches)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rannc_hf.capture.graph import Graph
-from rannc_hf.partition.plan import Plan, StagePlan, short_ranks
+from rannc_hf.partition.plan import Plan, StagePlan, ranks_in_words, short_ranks
 
 
 def print_plan(plan: Plan, graph: Graph, console: Console | None = None) -> None:
@@ -47,14 +47,15 @@ def _ranks(stage: StagePlan, mixed: bool) -> str:
 
 
 def caption(plan: Plan) -> str:
-    """The batch, the schedule and the predicted step in a line, and why in the next."""
+    """The batch, the schedule and the predicted step in a line; why, and which ranks are idle, in the next ones."""
     seconds = plan.step_time_us / 1e6
     rate = f", {plan.batch_size / seconds:.1f} samples/s" if seconds else ""
+    idle = f"\nIDLE: {ranks_in_words(plan.idle)}; as fast with fewer processes" if plan.idle else ""
     line = (
         f"batch {plan.batch_size} in {plan.microbatches} microbatches, {plan.schedule}{_sharded(plan)}, "
         f"predicted step {seconds * 1e3:.1f} ms{rate}"
     )
-    return f"{line}\n{plan.why}" if plan.why else line
+    return line + (f"\n{plan.why}" if plan.why else "") + idle
 
 
 def _sharded(plan: Plan) -> str:

@@ -79,7 +79,7 @@ class Figures:
         if all(s.predicted_forward_us + s.predicted_backward_us > 0 for s in plan.stages):
             result["predicted_bubble"] = timeline(plan, graph, cluster).simulation.bubble
         # Every stage that a rank runs says what the whole rank needs.
-        memory = max(s.predicted_memory_bytes for s in plan.stages if self.model.transport.rank in s.ranks)
+        memory = max((s.predicted_memory_bytes for s in plan.stages if self.model.transport.rank in s.ranks), default=0)
         if memory > 0:
             result["predicted_memory_gib"] = memory / GIB
         return result

@@ -33,7 +33,8 @@ def headline(facts: Facts) -> Html:
         tiles.append(("Pipeline bubble", f"{bubble:.1%}", known))
     tiles.append(("Global batch", f"{plan.batch_size:,}", _microbatches(facts)))
     tiles.append(("Schedule", _SCHEDULES[plan.schedule], f"recompute: {runs([s.recompute for s in plan.stages])}"))
-    tiles.append(("World size", f"{plan.world_size:,}", plural(len(plan.stages), "stage")))
+    idle = f", {plural(len(plan.idle), 'rank')} IDLE" if plan.idle else ""
+    tiles.append(("World size", f"{plan.world_size:,}", plural(len(plan.stages), "stage") + idle))
     if facts.graph is not None:
         total = sum(p.numel for p in facts.graph.parameters.values())
         unique = len({b.key for b in facts.graph.blocks})

@@ -23,6 +23,7 @@ from tests.parity.harness import (
     even_plan,
     loss_of,
     merge,
+    on_some,
     optimizer_of,
     plain,
     planner,
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 Run = tuple[str, tuple[int, ...], str, int]
-"""A model, the replicas of groups of ranks, what they divide, and how many stages each rank runs."""
+"""A model, the replicas of groups of ranks, what they divide, and how many stages each rank runs; others are idle."""
 
 
 def train_and_evaluate(rank: int, runs: list[Run], steps: int) -> list[tuple[Result, Any, Any]]:
@@ -51,9 +52,11 @@ def train_one(
     optimizer = optimizer_of(model)
     recompute = "blocks" if shard == "parameters" else "none"
     make_plan = planner(replicas, 3, "interleaved" if laps > 1 else "1f1b", recompute, shard, laps)
+    ranks = torch.distributed.get_world_size()
+    make_plan = on_some(range(sum(replicas)), ranks, make_plan)
     wrapped = RanncModel(model, RanncConfig(length_multiple=1, timeout_s=60), device=CPU, planner=make_plan)
     wrapped.register_optimizer(optimizer)
-    part = shards(case.batch_as(9), sum(replicas))[rank]
+    part = shards(case.batch_as(9), ranks)[rank]
     result = train(wrapped, optimizer, part, steps)
     wrapped.eval()
     return result, wrapped(**part).logits, wrapped.full_state_dict()
@@ -69,6 +72,7 @@ def train_one(
             ("t5", (2, 1), "gradients", 1),
             ("gpt2", (3,), "parameters", 1),
             ("t5", (1, 2), "optimizer", 2),
+            ("vit", (1, 1), "none", 1),
         ],
         [("gpt2", (2, 1, 1), "none", 1)],
     ],

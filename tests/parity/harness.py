@@ -151,6 +151,17 @@ def planner(
     return lambda graph, samples: even_plan(graph, replicas, microbatches, samples, schedule, recompute, shard, laps)
 
 
+def on_some(used: Sequence[int], ranks: int, make_plan: Planner) -> Planner:
+    """The plans of `make_plan` on the ranks `used` of `ranks`; the others are idle."""
+
+    def make(graph: Graph, samples: int) -> Plan:
+        plan = make_plan(graph, samples)
+        stages = tuple(replace(s, ranks=tuple(used[rank] for rank in s.ranks)) for s in plan.stages)
+        return replace(plan, stages=stages, idle=tuple(sorted({*range(ranks)} - {*used})))
+
+    return make
+
+
 def on_ranks(
     model: nn.Module,
     ranks: int,

@@ -38,7 +38,11 @@ def test_stages_are_shown_over_modules():
 
 def test_no_column_for_what_is_not_done():
     out = printed(StagePlan(0, 3, (0,)))
-    assert "recompute" not in out and "shard" not in out
+    assert "recompute" not in out and "shard" not in out and "IDLE" not in out
+
+
+def test_idle_ranks_are_said_loudly():
+    assert "IDLE: ranks 1-3; as fast with fewer processes" in printed(StagePlan(0, 3, (0,)), idle=(1, 2, 3))
 
 
 def test_sharding_and_placement():
