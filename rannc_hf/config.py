@@ -102,7 +102,10 @@ class RanncConfig:
     """Path to which rank 0 writes the plan in use as JSON. None: it is not written."""
 
     timeout_s: float = 600.0
-    """Seconds that any wait for another rank may take before it becomes an error."""
+    """Seconds that any wait for another rank may take before it becomes an error.
+
+    While rank 0 plans, and measures costs for that, the others wait as long as it lives.
+    """
 
     pad: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Padding value by field of the batch, for fields whose lengths differ between ranks.

@@ -111,15 +111,20 @@ def plan_agreed(
             plan.save(config.plan_output)
         return plan
 
-    outcome: tuple[Plan | None, str] = (None, "")
     failure: Exception | None = None
-    if transport.rank == 0:
+
+    def outcome() -> tuple[Plan | None, str]:
+        nonlocal failure
         try:
-            outcome = (make(), "")
+            return make(), ""
         except Exception as error:
             failure = error
-            outcome = (None, message_of(error))
-    plan, problem = transport.all_gather_object(outcome, "the plan")[0]
+            return None, message_of(error)
+
+    # Measuring the costs of a large model may take longer than any other wait.
+    plan, problem = transport.from_rank_0(
+        outcome, "the plan, which rank 0 makes (it may measure costs of blocks first)"
+    )
     if plan is None:
         raise ValueError(problem) from failure
     return plan

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -210,6 +211,29 @@ def test_ranks_must_open_the_same_channels(results):
     for rank, other in [(0, 1), (1, 0), (2, 1)]:
         expected = f"ranks {rank} and {other} want to open different channels or groups"
         assert results[0][0][rank][5] == expected
+
+
+def waits_for_long_work(rank: int) -> list[Any]:
+    """Rank 0 works for longer than the time limit, then is gone while it works."""
+    t = DistributedTransport(3.0, torch.device("cpu"))
+    called = []
+
+    def work() -> str:
+        called.append(rank)
+        time.sleep(4.0)
+        return "made"
+
+    found = t.from_rank_0(work, "the plan")
+    patient = DistributedTransport(60.0, torch.device("cpu"))
+    started = time.monotonic()
+    message = error_of(lambda: patient.from_rank_0(lambda: os._exit(9), "the plan"))
+    return [found, called, message, time.monotonic() - started]
+
+
+def test_long_work_of_rank_0_is_waited_for_while_it_lives():
+    found, called, message, waited = run_ranks(waits_for_long_work, 2, may_die=(0,))[1]
+    assert (found, called) == ("made", [])
+    assert message.startswith("rank 1: the plan: the connection to all ranks failed after") and waited < 30
 
 
 def uses_what_is_not_open(rank: int) -> None:

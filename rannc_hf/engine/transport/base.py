@@ -175,6 +175,14 @@ class Transport(ABC):
         """
         return make()
 
+    def from_rank_0(self, make: Callable[[], T], what: str) -> T:
+        """The picklable result of `make`, which rank 0 alone calls. Collective.
+
+        However long that takes: the time limit is for signs of life of rank 0. `make` raises nothing that other ranks
+        should hear of.
+        """
+        return self.all_gather_object(make() if self.rank == 0 else None, what)[0]
+
     @abstractmethod
     def barrier(self, what: str) -> None:
         """Return when every rank of the world has called it."""

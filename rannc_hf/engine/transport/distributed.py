@@ -27,12 +27,16 @@ from rannc_hf.engine.transport.base import (
     TransportError,
 )
 from rannc_hf.engine.transport.overdue import Operation, OverdueLog
+from rannc_hf.engine.transport.waiting import repeated
 
 T = TypeVar("T")
 
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _GRACE_S = 30.0
 """How much later than the time limit NCCL's own watchdog may end the process, so that the report comes first."""
+
+_ALIVE_S = 5.0
+"""How often a rank that the others wait for says that it is alive, at least."""
 
 
 class DistributedTransport(Transport):
@@ -150,6 +154,18 @@ class DistributedTransport(Transport):
         parts = self._gather_bytes(torch.nn.functional.pad(data, (0, longest - data.numel())), what, timeout_s)
         objects = [pickle.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes)]
         return self._without_calls(objects, what)
+
+    def from_rank_0(self, make: Callable[[], T], what: str) -> T:
+        if self.rank == 0:
+            # Over the connections that a result takes: the others see at once when this process is gone.
+            with repeated(lambda: self.all_gather_object(None, what), min(self._timeout_s / 4, _ALIVE_S)):
+                result = make()
+            self.all_gather_object((result,), what)
+            return result
+        while True:
+            found: tuple[T] | None = self.all_gather_object(None, what)[0]
+            if found is not None:
+                return found[0]
 
     def _gather_bytes(self, tensor: torch.Tensor, what: str, timeout_s: float | None) -> list[torch.Tensor]:
         parts = [torch.empty_like(tensor) for _ in self.everyone]
