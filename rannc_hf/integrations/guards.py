@@ -1,4 +1,4 @@
-"""Functions of torch that would be silently wrong on a part of a model: with these they say so.
+"""Functions of torch and accelerate that would be silently wrong on a part of a model: with these they say so.
 
 They are put in place when this module is imported, before a script that `rannc_hf.run` starts takes them by name.
 """
@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from accelerate import local_sgd
+from accelerate.utils import memory
 from torch.nn.utils import clip_grad
 
 from rannc_hf.engine import RanncModel
@@ -51,3 +53,37 @@ def _guarded_clip_grad_norm(
 
 
 torch.nn.utils.clip_grad_norm_ = clip_grad.clip_grad_norm_ = _guarded_clip_grad_norm
+
+
+_should_reduce_batch_size = memory.should_reduce_batch_size
+
+
+@functools.wraps(_should_reduce_batch_size)
+def _guarded_should_reduce_batch_size(exception: Exception) -> bool:
+    """Asked by `find_executable_batch_size`, on the process that is out of memory alone."""
+    again: bool = _should_reduce_batch_size(exception)
+    if again and any(model.transport.world_size > 1 for model in _models):
+        raise ValueError(
+            "this process is out of memory, and `find_executable_batch_size` would try a smaller batch here while the "
+            "other processes go on; leave it out and set the batch size: the planner cuts it into microbatches that fit"
+        ) from exception
+    return again
+
+
+memory.should_reduce_batch_size = _guarded_should_reduce_batch_size
+
+_start_local_sgd = local_sgd.LocalSGD.__init__
+
+
+@functools.wraps(_start_local_sgd)
+def _guarded_local_sgd(self: Any, accelerator: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    enabled = args[1] if len(args) > 1 else kwargs.get("enabled", True)
+    if enabled and isinstance(model, RanncModel):
+        raise ValueError(
+            "LocalSGD lets every process train a model of its own for some steps, but with RaNNC none has the whole "
+            "model; leave it out, or pass enabled=False"
+        )
+    _start_local_sgd(self, accelerator, model, *args, **kwargs)
+
+
+local_sgd.LocalSGD.__init__ = _guarded_local_sgd

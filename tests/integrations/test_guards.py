@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
+from accelerate.local_sgd import LocalSGD
+from accelerate.utils import find_executable_batch_size
 from torch import nn
 
 from rannc_hf.engine import RanncModel
@@ -51,3 +54,38 @@ def test_other_models_are_clipped_as_ever():
     norm = torch.nn.utils.clip_grad_norm_(layer.parameters(), max_norm=0.5)
     assert norm > 0.5
     assert torch.nn.utils.clip_grad_norm_(layer.weight, 10.0) <= 0.5
+
+
+def test_accelerates_ways_that_look_at_one_process_are_refused():
+    def run(transport: Transport) -> list[str]:
+        wrapped = RanncModel(Chain(), EXACT_LENGTHS, device=CPU, transport=transport)
+        watch(wrapped)
+
+        @find_executable_batch_size(starting_batch_size=8)
+        def train(batch_size: int) -> int:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. {batch_size}")
+
+        problems = []
+        for call in (lambda: LocalSGD(None, wrapped, 2), train):
+            with pytest.raises(ValueError) as error:
+                call()
+            problems.append(str(error.value))
+        return problems
+
+    for sgd, size in LocalWorld(2).run(run):
+        assert "enabled=False" in sgd and "set the batch size" in size
+
+
+def test_alone_a_smaller_batch_is_tried():
+    gc.collect()  # models of other tests
+    tried = []
+    watch(RanncModel(Chain(), EXACT_LENGTHS, device=CPU))
+
+    @find_executable_batch_size(starting_batch_size=8)
+    def train(batch_size: int) -> int:
+        tried.append(batch_size)
+        if batch_size > 4:
+            raise RuntimeError("CUDA out of memory. ")
+        return batch_size
+
+    assert train() == tried[-1] <= 4 and len(tried) > 1
