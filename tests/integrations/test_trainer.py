@@ -60,6 +60,13 @@ def test_optimizers(tmp_path, name):
     train_both(tmp_path, Regression, points(12), optim=name, num_train_epochs=1)
 
 
+def test_a_scheduler_that_looks_at_metrics(tmp_path):
+    options = {"eval_dataset": points(6, 2), "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    options |= {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "threshold": 0.2}}
+    _, ours = train_both(tmp_path, Regression, points(24), num_train_epochs=1, **options)
+    assert len({entry["learning_rate"] for entry in ours.state.log_history if "learning_rate" in entry}) > 1
+
+
 def test_optimizer_and_scheduler_of_the_script(tmp_path):
     def options(model):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -117,7 +117,7 @@ def test_image_classification(tmp_path):
 
 def test_every_feature_of_a_training_loop(tmp_path):
     record, ddp, ours = train_both(tmp_path, "features.py", lambda folder: [folder])
-    assert set(record) == {path.stem for path in ddp.glob("*.safetensors")} and len(record) == 9
+    assert set(record) == {path.stem for path in ddp.glob("*.safetensors")} and len(record) == 10
     assert all(record.values())
     for name in record:
         same_weights(ours / f"{name}.safetensors", ddp / f"{name}.safetensors")

@@ -120,6 +120,25 @@ def several_optimizers(accelerator):
     return model, record
 
 
+def frozen_parameters(accelerator):
+    """The embedding and a layer in the middle are not trained; the optimizer is told of all parameters."""
+    model = make_model()
+    model.embedding.requires_grad_(False)
+    model.layers[1].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, eps=1e-6, weight_decay=0.1)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, make_loader())
+    record = []
+    for batch in loader:
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        record.append(accelerator.clip_grad_norm_(model.parameters(), 0.5).item())
+        assert all(p.requires_grad for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+        record.append(mean(accelerator, loss))
+    return model, record
+
+
 def skip_first_batches(accelerator):
     """An epoch that goes on in its middle."""
     model = make_model()
@@ -229,6 +248,7 @@ FEATURES = [
     (accumulate, {"gradient_accumulation_steps": 3}),
     (no_sync, {}),
     (several_optimizers, {}),
+    (frozen_parameters, {}),
     (skip_first_batches, {}),
     (evaluation, {}),
     (communication, {}),
