@@ -5,198 +5,165 @@ spread over devices, from one process to a pipeline with replicas:
 
     accelerate launch --config_file configs/demo-rannc.yaml pretrain.py --config configs/demo.json \\
         --data runs/demo/data --output runs/demo/model
+
+Started again with the same output, it goes on from the last complete checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.data_loader import DataLoaderShard
-from accelerate.utils import set_seed, tqdm
-from data import MaskingCollator
-from datasets import load_from_disk
-from evaluation import HeldOut, evaluate
-from settings import Recipe, TrainingSettings
-from torch.utils.data import DataLoader
-from transformers import (
-    AutoConfig,
-    AutoModelForPreTraining,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    get_linear_schedule_with_warmup,
-)
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from checkpoints import Checkpoints, Position
+from data import held_out_loader, training_loader
+from divergence import Diverged, DivergenceGuard
+from evaluation import evaluate
+from optimizers import build_optimizer
+from progress import Progress
+from schedule import learning_rate
+from settings import Recipe
+from transformers import AutoConfig, AutoModelForPreTraining, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A freshly initialised model for the recipe's architecture. Raises ValueError where it cannot hold the samples."""
     vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     config = AutoConfig.for_model(**{**recipe.model, **vocabulary})
-    if config.max_position_embeddings < recipe.data.sequence_length:
+    longest = max(phase.data.sequence_length for phase in recipe.phases())
+    if config.max_position_embeddings < longest:
         raise ValueError(
             f"model: max_position_embeddings={config.max_position_embeddings} is less than "
-            f"data: sequence_length={recipe.data.sequence_length}"
+            f"data: sequence_length={longest}"
         )
     return AutoModelForPreTraining.from_config(config)
 
 
-def build_optimizer(model: torch.nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW without weight decay on vectors: biases and the scales of layer norms."""
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    no_decay = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.adam_beta2))
+@dataclass(slots=True)
+class Run:
+    """What all phases of a run have in common."""
 
-
-def build_loaders(data: str, recipe: Recipe, processes: int) -> tuple[DataLoader, DataLoader]:
-    """Loaders of the training and the held-out samples, for batches of one process."""
-    settings = recipe.training
-    splits = load_from_disk(data)
-    tokenizer = AutoTokenizer.from_pretrained(f"{data}/tokenizer")
-    if settings.batch_size % processes:
-        raise ValueError(f"training: batch_size={settings.batch_size} cannot be shared evenly by {processes} processes")
-    if len(splits["train"]) < settings.batch_size:
-        raise ValueError(f"{data}: {len(splits['train'])} samples do not fill a batch of {settings.batch_size}")
-
-    def loader(name: str, training: bool) -> DataLoader:
-        # A collator each: the epoch of the training masks must not change what is hidden in the held-out part.
-        collator = MaskingCollator(tokenizer, recipe.data.sequence_length, recipe.data.mask_probability, settings.seed)
-        size = settings.batch_size // processes
-        return DataLoader(splits[name], size, shuffle=training, drop_last=training, collate_fn=collator)
-
-    return loader("train", True), loader("held_out", False)
-
-
-class Progress:
-    """What the run reports: a progress bar, and a JSON object a line in `metrics.jsonl`, both by the main process."""
-
-    def __init__(self, accelerator: Accelerator, settings: TrainingSettings, folder: Path) -> None:
-        self._accelerator = accelerator
-        self._settings = settings
-        self._file: TextIO | None = None
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self._bar = tqdm(total=settings.steps, desc="pretraining", unit="step")
-        self._start_window()
-
-    def _start_window(self) -> None:
-        self._loss = torch.zeros((), device=self._accelerator.device)
-        self._steps = 0
-        self._start = time.perf_counter()
-
-    def step(self, step: int, loss: torch.Tensor, gradient_norm: torch.Tensor, learning_rate: float) -> None:
-        """Reports the mean over the last `log_every` steps; only then do the processes wait for each other."""
-        self._bar.update()
-        self._loss += loss.detach()
-        self._steps += 1
-        if self._steps < self._settings.log_every and step < self._settings.steps:
-            return
-        mean_loss = self._accelerator.reduce(self._loss, "mean").item() / self._steps
-        rate = self._steps * self._settings.batch_size / (time.perf_counter() - self._start)
-        self._bar.set_postfix(loss=f"{mean_loss:.3f}", samples_per_s=f"{rate:.0f}")
-        self._write(
-            step,
-            {
-                "loss": mean_loss,
-                "samples_per_s": rate,
-                "learning_rate": learning_rate,
-                "gradient_norm": float(gradient_norm),
-            },
-        )
-        self._start_window()
-
-    def held_out(self, step: int, figures: HeldOut) -> None:
-        self._write(step, figures.to_dict())
-        if self._accelerator.is_main_process:
-            self._bar.write(f"step {step}: held-out {figures}")
-        # The next samples/s should not count the evaluation.
-        self._start = time.perf_counter()
-
-    def _write(self, step: int, values: dict[str, float]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        self._bar.close()
-        if self._file is not None:
-            self._file.close()
-
-
-def endless(loader: DataLoaderShard, collator: MaskingCollator) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches for ever; every epoch has its own order and its own masks."""
-    for epoch in itertools.count():
-        collator.epoch = epoch
-        loader.set_epoch(epoch)
-        yield from loader
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    guard: DivergenceGuard
+    checkpoints: Checkpoints
+    progress: Progress
+    step: int
+    """Steps done, over all phases."""
 
 
 def train(accelerator: Accelerator, args: argparse.Namespace, recipe: Recipe) -> torch.nn.Module:
-    """Trains for `recipe.training.steps` steps, with a held-out loss before, in between and after."""
-    settings = recipe.training
-    train_loader, held_out_loader = build_loaders(args.data, recipe, accelerator.num_processes)
-    collator = train_loader.collate_fn
-    assert isinstance(collator, MaskingCollator)
-    model: torch.nn.Module = build_model(recipe, collator.tokenizer)
-    optimizer = build_optimizer(model, settings)
-    scheduler = get_linear_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
-    model, optimizer, train_loader, held_out_loader, scheduler = accelerator.prepare(
-        model, optimizer, train_loader, held_out_loader, scheduler
-    )
-    progress = Progress(accelerator, settings, Path(args.output))
-    progress.held_out(0, evaluate(accelerator, model, held_out_loader))
-    batches = endless(train_loader, collator)
-    for step in range(1, settings.steps + 1):
-        model.train()
-        loss = model(**next(batches)).loss
-        accelerator.backward(loss)
-        gradient_norm = accelerator.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        optimizer.step()
-        learning_rate = scheduler.get_last_lr()[0]
-        scheduler.step()
-        optimizer.zero_grad()
-        progress.step(step, loss, gradient_norm, learning_rate)
-        if step % settings.evaluate_every == 0 or step == settings.steps:
-            progress.held_out(step, evaluate(accelerator, model, held_out_loader))
+    """Trains all phases, or what is left of them after the last checkpoint in `args.output`."""
+    settings, phases = recipe.training, recipe.phases()
+    folders = [Path(folder) for folder in args.data] * (len(phases) if len(args.data) == 1 else 1)
+    if len(folders) != len(phases):
+        raise ValueError(f"--data: {len(folders)} folders for {len(phases)} phases; give one each, or one for all")
+    tokenizer = AutoTokenizer.from_pretrained(folders[0] / "tokenizer")
+    model: torch.nn.Module = build_model(recipe, tokenizer)
+    config = model.config
+    optimizer = build_optimizer(model, settings, accelerator.device)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    guard = DivergenceGuard(accelerator, settings.on_divergence, settings.spike_deviations)
+    checkpoints = Checkpoints(accelerator, Path(args.output), recipe)
+    position = Position(0, 0, guard.state_dict())
+    if (last := checkpoints.last()) is not None:
+        position = checkpoints.load(last)
+        guard.load_state_dict(position.guard)
+        accelerator.print(f"going on from {last}")
+    steps = sum(phase.training.steps for phase in phases)
+    progress = Progress(accelerator, Path(args.output), steps, position.step, position.metrics_bytes)
+    run = Run(accelerator, model, optimizer, guard, checkpoints, progress, position.step)
+    before = 0
+    for number, (phase, folder) in enumerate(zip(phases, folders), start=1):
+        done = run.step - before
+        if done < phase.training.steps:
+            progress.begin_phase(number, phase, config, done)
+            train_phase(run, phase, folder, done)
+        before += phase.training.steps
     progress.close()
     return model
 
 
+def train_phase(run: Run, phase: Recipe, data: Path, done: int) -> None:
+    """Trains a phase from its step `done` on, with a held-out loss before its first step, in between and at its end."""
+    settings, accelerator, model = phase.training, run.accelerator, run.model
+    ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
+    held_out = held_out_loader(data, phase, **ranks)
+    batches = training_loader(
+        data, phase, **ranks, consumed=done * settings.batch_size, workers=settings.loader_workers
+    )
+    # A loader starts with a random number. Taken from the global generator, it would put a run that goes on in the
+    # middle of a phase one number ahead, and with it all dropout.
+    batches.generator = torch.Generator()
+    if done == 0:
+        run.guard.begin_phase()
+        run.progress.held_out(run.step, evaluate(accelerator, model, held_out))
+    for own_step, batch in zip(range(done + 1, settings.steps + 1), batches):
+        train_step(run, phase, own_step, batch)
+        if own_step % settings.evaluate_every == 0 or own_step == settings.steps:
+            run.progress.held_out(run.step, evaluate(accelerator, model, held_out))
+        every = settings.checkpoint_every
+        if every and (own_step % every == 0 or own_step == settings.steps):
+            run.guard.settle()
+            run.checkpoints.save(Position(run.step, run.progress.metrics_bytes, run.guard.state_dict()))
+            run.progress.restart_clock()
+    run.guard.settle()
+
+
+def train_step(run: Run, phase: Recipe, own_step: int, batch: dict[str, torch.Tensor]) -> None:
+    """One step, the `own_step`th of its phase, on this process's share of a batch."""
+    accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
+    run.step += 1
+    rate = learning_rate(phase.training, own_step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    model.train()
+    loss = model(**send_to_device(batch, accelerator.device, non_blocking=True)).loss
+    accelerator.backward(loss)
+    gradient_norm = accelerator.clip_grad_norm_(model.parameters(), phase.training.clip_norm)
+    if run.guard.accepts(run.step, loss, gradient_norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    run.progress.step(run.step, loss, gradient_norm, rate, run.guard.reason)
+
+
 def save(accelerator: Accelerator, model: torch.nn.Module, data: str, output: str) -> None:
     """Writes a folder that `from_pretrained` reads, model and tokenizer. To be called on every process."""
-    state = accelerator.get_state_dict(model)
+    # Weights first: where no process holds the whole model, each writes a part.
+    accelerator.save_model(model, output)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(output, state_dict=state)
+        plain = accelerator.unwrap_model(model)
+        plain.config.architectures = [type(plain).__name__]
+        plain.config.save_pretrained(output)
         AutoTokenizer.from_pretrained(f"{data}/tokenizer").save_pretrained(output)
     accelerator.wait_for_everyone()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a file of configs/")
-    parser.add_argument("--data", required=True, help="folder that prepare.py wrote")
-    parser.add_argument("--output", required=True, help="folder for the model, its tokenizer and metrics.jsonl")
+    add = parser.add_argument
+    add("--config", required=True, help="a file of configs/")
+    add("--data", required=True, nargs="+", help="folder that prepare.py wrote; or several, one for each phase")
+    add("--output", required=True, help="folder for the model, its tokenizer, metrics.jsonl and checkpoints")
+    add("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="change the config")
     args = parser.parse_args()
-    recipe = Recipe.load(args.config)
-    seed = recipe.training.seed
-    set_seed(seed)
-    accelerator = Accelerator(
-        # The order of the samples then depends on the seed and the epoch alone, not on the number of processes.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
-        # One scheduler step a step: batch_size is that of all processes together.
-        step_scheduler_with_optimizer=False,
-    )
-    model = train(accelerator, args, recipe)
-    save(accelerator, model, args.data, args.output)
+    recipe = Recipe.load(args.config, args.set)
+    set_seed(recipe.training.seed)
+    # The learning rate is set by the step, whatever the number of processes: no scheduler is prepared.
+    accelerator = Accelerator()
+    try:
+        model = train(accelerator, args, recipe)
+    except Diverged as error:
+        last = Checkpoints(accelerator, Path(args.output), recipe).last()
+        raise SystemExit(
+            f"the training diverged: {error}. The last good checkpoint is {last}. Started again, the run goes on from "
+            "there and meets the same batches: lower learning_rate, or set on_divergence to skip"
+        ) from None
+    save(accelerator, model, args.data[0], args.output)
     accelerator.print(f"{args.output}: saved; read it with AutoModelForMaskedLM.from_pretrained")
     accelerator.end_training()
 
