@@ -1,11 +1,11 @@
-"""Text to pretrain on, as documents and sentences.
+"""Text to pretrain on, as documents.
 
 A source is one of
-- `python-docs`: the prose that every Python carries, about 300,000 words: its language reference and the docstrings of
-  its standard library. Nothing is downloaded and no library module is imported: the sources are only parsed.
-- a file or folder: `.txt` as BERT's authors had it (a sentence or paragraph a line, a blank line between documents),
-  `.jsonl` or `.parquet` (a document a record);
-- the name of a data set on the hub, `name` or `name:configuration`, of which the `train` split is read.
+- `python-docs`: the prose that every Python carries, see python_docs.py;
+- a file, a folder or a pattern such as `data/**/*.jsonl.gz`: `.txt` as BERT's authors had it (a sentence or paragraph a
+  line, a blank line between documents), `.jsonl` (a document a record), both also as `.gz`, `.bz2` or `.zst`, and
+  `.parquet`;
+- the name of a data set on the hub, `name` or `name:configuration`, of which the `train` split is streamed.
 
     python corpus.py python-docs        # counts documents, sentences and words, and shows some
 """
@@ -13,22 +13,19 @@ A source is one of
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
-import json
-import re
-import sysconfig
-import warnings
-from collections.abc import Iterator
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from python_docs import python_docs
+from readers import COMPRESSED, Named, hub_stream, read_hub, read_parquet, read_records, read_text
+from sentences import split_sentences
+
 PYTHON_DOCS = "python-docs"
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
-_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data", "encodings"}
-_PARAGRAPH_END = re.compile(r"\n\s*\n")
-_SENTENCE_END = re.compile(r"""(?:[.!?]["')\]]*|:)\s+(?=["'(\[`*]*[A-Z])""")
-_WORD = re.compile(r"[A-Za-z][a-z]+|[aAI]")
+PIECE_BYTES = 64_000_000
+_KINDS = {".txt": "text", ".jsonl": "records", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,136 +36,134 @@ class Document:
     text: str
 
 
-def read_documents(source: str, text_column: str = "text") -> Iterator[Document]:
-    """The documents of a source, always in the same order; of equal texts only the first.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What one process reads at a time: part of a file, a whole compressed file, or a shard of a hub data set."""
+
+    kind: str
+    name: str
+    text_column: str
+    start: int = 0
+    end: int | None = None
+    """First unit, and the one after the last: bytes, row groups or shards. None: to the end."""
+
+    size: int = 0
+    """Bytes on disk; 0 where that is not known."""
+
+    def documents(self) -> Iterator[Document]:
+        """Its documents, always in the same order, without blank ones."""
+        readers: dict[str, Callable[[], Iterator[Named]]] = {
+            PYTHON_DOCS: python_docs,
+            "text": lambda: read_text(self.name, self.start, self.end),
+            "records": lambda: read_records(self.name, self.start, self.end, self.text_column),
+            "parquet": lambda: read_parquet(self.name, self.start, self.end, self.text_column),
+            "hub": lambda: read_hub(self.name, self.start, self.end, self.text_column),
+        }
+        return (Document(name, text) for name, text in readers[self.kind]() if text.strip())
+
+
+def find_pieces(sources: Sequence[str], text_column: str = "text", piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+    """The pieces of the sources, of about `piece_bytes` where a file can be entered in the middle, in a fixed order.
 
     `text_column` is the field that holds the text in JSONL, parquet and hub data sets. Raises ValueError for a source
-    that does not exist, holds no text files, or lacks that field.
+    that does not exist or holds no text files.
     """
-    seen: set[bytes] = set()
-    for document in _read(source, text_column):
-        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-        if document.text.strip() and digest not in seen:
-            seen.add(digest)
-            yield document
+    return [piece for source in sources for piece in _pieces(source, text_column, piece_bytes)]
 
 
-def split_sentences(text: str) -> list[str]:
-    """Sentences of a text, each on one line. A blank line always ends a sentence."""
-    sentences = []
-    for paragraph in _PARAGRAPH_END.split(text):
-        line = " ".join(paragraph.split())
-        start = 0
-        for end in _SENTENCE_END.finditer(line):
-            sentences.append(line[start : end.end()].strip())
-            start = end.end()
-        sentences.append(line[start:].strip())
-    return [s for s in sentences if s]
+def read_documents(*sources: str, text_column: str = "text") -> Iterator[Document]:
+    """All documents of the sources, one after the other."""
+    for piece in find_pieces(sources, text_column):
+        yield from piece.documents()
 
 
-def _read(source: str, text_column: str) -> Iterator[Document]:
+def _pieces(source: str, text_column: str, piece_bytes: int) -> Iterator[Piece]:
     path = Path(source)
     if source == PYTHON_DOCS:
-        return _python_docs()
-    if path.exists():
-        return _local(path, text_column)
-    if source.endswith(_SUFFIXES) or source.startswith((".", "/", "~")):
+        yield Piece(kind=PYTHON_DOCS, name=source, text_column=text_column)
+    elif path.is_file() or path.is_dir() or glob.has_magic(source):
+        for file in _files(source):
+            yield from _file_pieces(file, text_column, piece_bytes)
+    elif _kind(source) or source.startswith((".", "/", "~")):
         raise ValueError(f"source {source!r}: there is no such file or folder")
-    name, _, configuration = source.partition(":")
-    return _data_set(source, text_column, name, *filter(None, [configuration]))
+    else:
+        shards = hub_stream(source).num_shards
+        for shard in range(shards):
+            yield Piece(kind="hub", name=source, text_column=text_column, start=shard, end=shards)
 
 
-def _local(path: Path, text_column: str) -> Iterator[Document]:
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES)
-    if not files or any(p.suffix not in _SUFFIXES for p in files):
-        raise ValueError(f"source {str(path)!r}: expected {', '.join(_SUFFIXES)}, or a folder that holds such files")
-    for file in files:
-        if file.suffix == ".parquet":
-            yield from _data_set(str(file), text_column, "parquet", data_files=str(file))
-        elif file.suffix == ".jsonl":
-            with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines):
-                    if line.strip():
-                        yield _record(json.loads(line), f"{file}:{number}", text_column)
-        else:
-            for number, text in enumerate(_PARAGRAPH_END.split(file.read_text(encoding="utf-8"))):
-                # A line end is a sentence end here, with or without a full stop.
-                yield Document(f"{file}:{number}", text.strip().replace("\n", "\n\n"))
+def _files(source: str) -> list[str]:
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(str(p) for p in path.rglob("*") if _kind(p.name) and p.is_file())
+    else:
+        files = (
+            [source] if path.is_file() else sorted(f for f in glob.glob(source, recursive=True) if Path(f).is_file())
+        )
+    if not files or not all(_kind(file) for file in files):
+        raise ValueError(
+            f"source {source!r}: expected {', '.join(_KINDS)} ({', '.join(COMPRESSED)} may follow the first two), or a "
+            "folder or pattern for such files"
+        )
+    return files
 
 
-def _data_set(name: str, text_column: str, *which: str, **options: str) -> Iterator[Document]:
-    # Imported here: the other sources need nothing beyond Python.
-    from datasets import load_dataset
-
-    for number, record in enumerate(load_dataset(*which, split="train", streaming=True, **options)):
-        yield _record(record, f"{name}:{number}", text_column)
-
-
-def _record(record: object, name: str, text_column: str) -> Document:
-    if not isinstance(record, dict) or not isinstance(record.get(text_column), str):
-        fields = f"its fields are {', '.join(record)}" if isinstance(record, dict) else "it is not a record"
-        raise ValueError(f"{name}: no text under {text_column!r}; {fields}. Name the field with --text-column")
-    return Document(name, record[text_column])
+def _kind(name: str) -> str | None:
+    """How a file is read, by its name."""
+    stem, last = os.path.splitext(name)
+    if last in COMPRESSED and not stem.endswith(".parquet"):
+        last = os.path.splitext(stem)[1]
+    return _KINDS.get(last)
 
 
-def _python_docs() -> Iterator[Document]:
-    """The topics of `help()`, then one document a library module: its docstrings from top to bottom.
-
-    Paragraphs that are code, tables or grammar are left out, and so is a paragraph that came before: the library
-    repeats itself (`decimal` and `_pydecimal`), and a repeated one could end up in training and in the held-out part.
-    """
-    from pydoc_data.topics import topics
-
-    seen: set[str] = set()
-    for name in sorted(topics):
-        yield Document(f"topic:{name}", _new_prose(topics[name], seen))
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _NOT_LIBRARY.isdisjoint(relative.parts):
-            yield Document(f"module:{relative.as_posix()}", _new_prose("\n\n".join(_docstrings(path)), seen))
+def _file_pieces(path: str, text_column: str, piece_bytes: int) -> Iterator[Piece]:
+    kind, size = _kind(path), os.path.getsize(path)
+    assert kind is not None
+    if path.endswith(COMPRESSED):
+        yield Piece(kind=kind, name=path, text_column=text_column, size=size)
+        return
+    ends = _row_group_ends(path, piece_bytes) if kind == "parquet" else _byte_ends(size, piece_bytes)
+    for start, (end, part) in zip([0, *(end for end, _ in ends)], ends):
+        yield Piece(kind=kind, name=path, text_column=text_column, start=start, end=end, size=part)
 
 
-def _docstrings(path: Path) -> list[str]:
-    try:
-        with warnings.catch_warnings():
-            # Old library code has escapes that newer Pythons warn about; that is not the reader's concern.
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return []
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    # ast.walk goes level by level; line numbers restore the order in which a reader meets the texts.
-    nodes = sorted((n for n in ast.walk(tree) if isinstance(n, kinds)), key=lambda n: getattr(n, "lineno", 0))
-    return [text for node in nodes if (text := ast.get_docstring(node))]
+def _byte_ends(size: int, piece_bytes: int) -> list[tuple[int, int]]:
+    """End and size of parts as equal as can be."""
+    parts = max(1, round(size / piece_bytes))
+    ends = [size * (i + 1) // parts for i in range(parts)]
+    return [(end, end - start) for start, end in zip([0, *ends], ends)]
 
 
-def _new_prose(text: str, seen: set[str]) -> str:
-    kept = []
-    for paragraph in _PARAGRAPH_END.split(text):
-        flat = " ".join(paragraph.split())
-        if flat not in seen and _is_prose(flat):
-            seen.add(flat)
-            kept.append(flat)
-    return "\n\n".join(kept)
+def _row_group_ends(path: str, piece_bytes: int) -> list[tuple[int, int]]:
+    """Ends of parts of neighbouring row groups, as few as give `piece_bytes` or more, and their sizes."""
+    from pyarrow import parquet
 
-
-def _is_prose(paragraph: str) -> bool:
-    """True for at least three words that make up most of the paragraph, and no interpreter prompt."""
-    words = _WORD.findall(paragraph)
-    return len(words) >= 3 and ">>>" not in paragraph and sum(map(len, words)) >= 0.6 * len(paragraph.replace(" ", ""))
+    metadata = parquet.read_metadata(path)
+    ends, size = [], 0
+    for group in range(metadata.num_row_groups):
+        size += metadata.row_group(group).total_byte_size
+        if size >= piece_bytes or group == metadata.num_row_groups - 1:
+            ends.append((group + 1, size))
+            size = 0
+    return ends
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source")
+    parser.add_argument("source", nargs="+")
     parser.add_argument("--text-column", default="text")
     args = parser.parse_args()
-    documents = list(read_documents(args.source, args.text_column))
-    sentences = [s for d in documents for s in split_sentences(d.text)]
-    words = sum(len(s.split()) for s in sentences)
-    print(f"{len(documents):,} documents, {len(sentences):,} sentences, {words:,} words. Some of them:")
-    for sentence in sentences[:: max(1, len(sentences) // 10)]:
+    documents, sentences, words = 0, 0, 0
+    examples: list[str] = []
+    for document in read_documents(*args.source, text_column=args.text_column):
+        found = split_sentences(document.text)
+        documents += 1
+        sentences += len(found)
+        words += sum(len(s.split()) for s in found)
+        if len(examples) < 10:
+            examples += found[:1]
+    print(f"{documents:,} documents, {sentences:,} sentences, {words:,} words. The first sentences of some:")
+    for sentence in examples:
         print(" ", sentence)
 
 

@@ -1,163 +1,247 @@
-"""Cuts documents into sentence pairs for BERT and saves them as a `datasets` folder with a train and a held-out part.
+"""Tokenizes documents and cuts them into samples: a folder that training maps into memory, laid out as shards.py says.
 
     python prepare.py --config configs/demo.json --source python-docs --tokenizer runs/demo/tokenizer \\
         --output runs/demo/data
 
-A sample is `[CLS] A [SEP] B [SEP]`, as long as the sequence length allows. Half of the time B is the text that follows
-A (`next_sentence_label` 0), otherwise a piece of another document (1). Whole documents are held out, so neither A nor B
-of a held-out pair was trained on. Masking happens while training, see data.py.
+Runs on all cores and in little memory, however large the source. Where it was stopped it goes on when it is started
+again with the same arguments. The text is tokenized once for all phases of the config; with the same output and another
+config, only its samples are cut.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from corpus import Document, read_documents, split_sentences
-from datasets import Dataset, DatasetDict
+import numpy as np
+from corpus import PIECE_BYTES, Document, Piece, find_pieces
+from cutting import SPLITS, cut_shard, rows_name, samples_folder
+from duplicates import write_duplicates
+from encoding import Encode, load_encoder
+from processes import in_processes
+from samples import SampleReader
+from sentences import split_sentences
 from settings import DataSettings, Recipe
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from shards import Corpus, ShardWriter, check_sizes, read_counts, shard_path, write_json
 
-IS_NEXT, IS_RANDOM = 0, 1
-"""Values of `next_sentence_label`, as `BertForPreTraining` has them."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True, slots=True)
-class TokenizedDocument:
-    """A document as sentences of token ids, without special tokens."""
-
-    name: str
-    sentences: list[list[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two pieces of text as token ids, and the documents they came from."""
-
-    first: list[int]
-    second: list[int]
-    label: int
-    document: str
-    second_document: str
+_BATCH_CHARACTERS = 1 << 20
+FORMAT = 1
 
 
 def prepare(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, settings: DataSettings, seed: int
-) -> DatasetDict:
-    """The splits `train` and `held_out` of a source; equal arguments give equal samples.
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    phases: Sequence[DataSettings],
+    output: Path,
+    *,
+    text_column: str = "text",
+    workers: int = 1,
+    piece_bytes: int = PIECE_BYTES,
+) -> Corpus:
+    """Prepares the sources in the folder `output` for the phases of a training, or does what is left to do there.
 
-    Columns: `sample_id` (position in its split), `input_ids` and `token_type_ids` (at most `sequence_length`, not
-    padded), `next_sentence_label`, and the names `document` and `second_document` of where A and B came from.
-    Raises ValueError where there are fewer than four documents.
+    Equal arguments give equal files, whatever `workers` is and however often the work was interrupted. Raises
+    ValueError where `output` has another preparation, where another process is at work on it, and for a source with too
+    few documents for two splits.
     """
-    tokenized = [t for d in documents if (t := _tokenize(d, tokenizer)).sentences]
-    held_out = max(2, round(len(tokenized) * settings.held_out))
-    if len(tokenized) < held_out + 2:
-        raise ValueError(
-            f"the source has {len(tokenized)} documents; with held_out={settings.held_out} it takes at least "
-            f"{held_out + 2}, since each part needs two to draw random partners from"
-        )
-    random.Random(seed).shuffle(tokenized)
-    splits = {"train": tokenized[held_out:], "held_out": tokenized[:held_out]}
-    passes = {"train": settings.passes, "held_out": 1}
-    return DatasetDict(
-        {
-            name: Dataset.from_list(
-                list(_samples(split, tokenizer, settings.sequence_length, passes[name], f"{seed} {name}"))
+    pieces = find_pieces(sources, text_column, piece_bytes)
+    held_out = phases[0].held_out
+    with _begun(output, tokenizer, held_out, pieces):
+        left = [(number, piece) for number, piece in enumerate(pieces) if not _is_done(output, number)]
+        if left:
+            (output / "manifest.json").unlink(missing_ok=True)
+        for _ in in_processes(partial(_make_shard, output), left, workers, "tokenizing"):
+            pass
+        if not (output / "manifest.json").is_file():
+            _finish(output, held_out, len(pieces))
+        corpus = Corpus.load(output)
+        for settings in phases:
+            _cut(corpus, settings, workers)
+    return corpus
+
+
+@contextmanager
+def _begun(output: Path, tokenizer: PreTrainedTokenizerBase, held_out: float, pieces: list[Piece]) -> Iterator[None]:
+    """Locks the folder and writes what is to be prepared there, or checks that it is the same."""
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer_folder = output / f".tokenizer.{os.getpid()}"
+    tokenizer.save_pretrained(tokenizer_folder)
+    what = {
+        "format": FORMAT,
+        "held_out": held_out,
+        "tokenizer": _fingerprint(tokenizer_folder),
+        "pieces": [asdict(piece) for piece in pieces],
+    }
+    path = output / "preparation.json"
+    if not path.is_file():
+        write_json(path, what)
+    with path.open() as file:
+        _lock(file.fileno(), output)
+        found = json.load(file)
+        other = [key for key in what if found.get(key) != what[key]]
+        if other:
+            shutil.rmtree(tokenizer_folder)
+            raise ValueError(
+                f"{output}: was prepared with other {', '.join(other)} (see {path.name} there); "
+                "name another --output or delete the folder"
             )
-            for name, split in splits.items()
-        }
+        if (output / "tokenizer").exists():
+            shutil.rmtree(tokenizer_folder)
+        else:
+            os.replace(tokenizer_folder, output / "tokenizer")
+        yield
+
+
+def _lock(handle: int, output: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{output}: another prepare.py is at work on this folder") from None
+
+
+def _fingerprint(folder: Path) -> str:
+    """A hash of a saved tokenizer, without the version of the library that saved it."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.name in ("tokenizer.json", "vocab.txt") or path.suffix in (".model", ".txt"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _is_done(output: Path, number: int) -> bool:
+    """Whether a shard is whole. What is left of one that is not, or of one that was being written, is removed."""
+    place = shard_path(output, number)
+    for rest in place.parent.glob(f".{place.name}.*"):
+        shutil.rmtree(rest)
+    try:
+        check_sizes(place, read_counts(place).files)
+    except (ValueError, OSError):
+        shutil.rmtree(place, ignore_errors=True)
+        return False
+    return True
+
+
+def _make_shard(output: Path, job: tuple[int, Piece]) -> None:
+    number, piece = job
+    encode, vocabulary_size = _encoder(output / "tokenizer")
+    with ShardWriter(shard_path(output, number), vocabulary_size) as shard:
+        for document, sentences in _tokenized(piece.documents(), encode):
+            if sum(map(len, sentences)) > 1:
+                shard.add(document.text, sentences)
+
+
+@cache
+def _encoder(folder: Path) -> tuple[Encode, int]:
+    return load_encoder(folder)
+
+
+def _tokenized(documents: Iterator[Document], encode: Encode) -> Iterator[tuple[Document, list[list[int]]]]:
+    """Documents with the ids of their sentences. Some are tokenized together, since that is faster."""
+    batch: list[tuple[Document, list[str]]] = []
+    characters = 0
+    for document in documents:
+        batch.append((document, split_sentences(document.text)))
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield from _encoded(batch, encode)
+            batch, characters = [], 0
+    yield from _encoded(batch, encode)
+
+
+def _encoded(batch: list[tuple[Document, list[str]]], encode: Encode) -> Iterator[tuple[Document, list[list[int]]]]:
+    ids = iter(encode([sentence for _, sentences in batch for sentence in sentences]))
+    for document, sentences in batch:
+        yield document, [found for _, found in zip(sentences, ids) if found]
+
+
+def _finish(output: Path, held_out: float, shards: int) -> None:
+    """Finds duplicates and writes the manifest, which makes the folder a whole."""
+    write_duplicates(output, shards)
+    counts = [asdict(read_counts(shard_path(output, number))) for number in range(shards)]
+    totals = {name: sum(c[name] for c in counts) for name in ("documents", "sentences", "tokens", "text_bytes")}
+    files = {"duplicates.npy": (output / "duplicates.npy").stat().st_size}
+    # What was cut before belongs to other shards.
+    shutil.rmtree(output / "samples", ignore_errors=True)
+    write_json(
+        output / "manifest.json",
+        {"format": FORMAT, "held_out": held_out, **totals, "files": files, "shards": counts},
     )
 
 
-def make_pairs(documents: list[TokenizedDocument], index: int, length: int, rng: random.Random) -> Iterator[Pair]:
-    """The pairs of one document, each at most `length` tokens together, in the way of Devlin et al. 2018.
-
-    Sentences are gathered until they fill `length`; a random sentence end divides them into A and B. Where B is drawn
-    from another document instead, the sentences that B would have had start the next pair, so that no text is lost.
-    """
-    document = documents[index]
-    start = 0
-    while start < len(document.sentences):
-        chunk: list[list[int]] = []
-        # At least two sentences, however long: a chunk of one has no next sentence to show.
-        while start + len(chunk) < len(document.sentences) and (len(chunk) < 2 or sum(map(len, chunk)) < length):
-            chunk.append(document.sentences[start + len(chunk)])
-        cut = rng.randint(1, max(1, len(chunk) - 1))
-        first, second = list(chain(*chunk[:cut])), list(chain(*chunk[cut:]))
-        label, partner = IS_NEXT, document
-        if not second or rng.random() < 0.5:
-            label, partner = IS_RANDOM, documents[(index + rng.randrange(1, len(documents))) % len(documents)]
-            second = _piece(partner, max(length - len(first), length // 2), rng)
-            start += cut
-        else:
-            start += len(chunk)
-        _shorten(first, second, length, rng)
-        yield Pair(first, second, label, document.name, partner.name)
+def _cut(corpus: Corpus, settings: DataSettings, workers: int) -> None:
+    folder = samples_folder(corpus.folder, settings)
+    if (folder / "manifest.json").is_file():
+        return
+    _check_documents(corpus)
+    numbers = range(len(corpus.shards))
+    left = [n for n in numbers if not (folder / rows_name(SPLITS[-1], n)).is_file()]
+    for _ in in_processes(partial(cut_shard, corpus, settings), left, workers, "cutting samples"):
+        pass
+    names = [rows_name(split, number) for split in SPLITS for number in numbers]
+    samples = {split: [len(np.load(folder / rows_name(split, n), mmap_mode="r")) for n in numbers] for split in SPLITS}
+    files = {name: (folder / name).stat().st_size for name in names}
+    write_json(folder / "manifest.json", {"samples": samples, "files": files})
 
 
-def _tokenize(document: Document, tokenizer: PreTrainedTokenizerBase) -> TokenizedDocument:
-    sentences = split_sentences(document.text)
-    ids = tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"] if sentences else []
-    return TokenizedDocument(document.name, [i for i in ids if i])
-
-
-def _piece(document: TokenizedDocument, length: int, rng: random.Random) -> list[int]:
-    piece: list[int] = []
-    for sentence in document.sentences[rng.randrange(len(document.sentences)) :]:
-        piece += sentence
-        if len(piece) >= length:
-            break
-    return piece
-
-
-def _shorten(first: list[int], second: list[int], length: int, rng: random.Random) -> None:
-    """Takes tokens off the longer piece, in place, until both fit; either end may go, so no position is special."""
-    while len(first) + len(second) > length:
-        longer = first if len(first) > len(second) else second
-        del longer[0 if rng.random() < 0.5 else -1]
-
-
-def _samples(
-    documents: list[TokenizedDocument], tokenizer: PreTrainedTokenizerBase, length: int, passes: int, seed: str
-) -> Iterator[dict[str, Any]]:
-    rng = random.Random(seed)
-    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    sample_id = 0
-    for _ in range(passes):
-        for index in range(len(documents)):
-            for pair in make_pairs(documents, index, length - 3, rng):
-                yield {
-                    "sample_id": sample_id,
-                    "input_ids": [cls, *pair.first, sep, *pair.second, sep],
-                    "token_type_ids": [0] * (len(pair.first) + 2) + [1] * (len(pair.second) + 1),
-                    "next_sentence_label": pair.label,
-                    "document": pair.document,
-                    "second_document": pair.second_document,
-                }
-                sample_id += 1
+def _check_documents(corpus: Corpus) -> None:
+    counts = {split: sum(int(corpus.live(n, split).sum()) for n in range(len(corpus.shards))) for split in SPLITS}
+    if min(counts.values()) < 2:
+        raise ValueError(
+            f"{corpus.folder}: of the documents {counts['train']} are for training and {counts['held_out']} held out "
+            f"with held_out={corpus.held_out}; each part needs two, to draw random partners from"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a file of configs/")
-    parser.add_argument("--source", required=True, help="see corpus.py")
+    parser.add_argument("--source", required=True, nargs="+", help="see corpus.py")
     parser.add_argument("--text-column", default="text", help="field that holds the text")
     parser.add_argument("--tokenizer", required=True, help="folder that train_tokenizer.py wrote, or a name on the hub")
-    parser.add_argument("--output", required=True, help="folder for the samples; the tokenizer is copied into it")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder for the data; the tokenizer is copied into it"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (all cores)")
+    parser.add_argument("--piece-megabytes", type=int, default=PIECE_BYTES // 1_000_000, help="text that a shard holds")
     args = parser.parse_args()
-    recipe = Recipe.load(args.config)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    splits = prepare(read_documents(args.source, args.text_column), tokenizer, recipe.data, recipe.training.seed)
-    splits.save_to_disk(args.output)
-    # With its data, so that training cannot pick another vocabulary.
-    tokenizer.save_pretrained(f"{args.output}/tokenizer")
-    counts = ", ".join(f"{len(split):,} {name.replace('_', '-')}" for name, split in splits.items())
-    print(f"{args.output}: {counts} samples of up to {recipe.data.sequence_length} tokens")
+    # Imported here: the processes that tokenize import this file, and most need no Transformers.
+    from transformers import AutoTokenizer
+
+    phases = [phase.data for phase in Recipe.load(args.config).phases()]
+    corpus = prepare(
+        args.source,
+        AutoTokenizer.from_pretrained(args.tokenizer),
+        phases,
+        args.output,
+        text_column=args.text_column,
+        workers=args.workers,
+        piece_bytes=args.piece_megabytes * 1_000_000,
+    )
+    print(report(corpus, phases))
+
+
+def report(corpus: Corpus, phases: Sequence[DataSettings]) -> str:
+    """What a preparation has: a line for the text and one for the samples of each phase."""
+    documents, tokens = (sum(getattr(counts, name) for counts in corpus.shards) for name in ("documents", "tokens"))
+    repeated = sum(len(corpus.duplicates(number)) for number in range(len(corpus.shards)))
+    lines = [f"{corpus.folder}: {documents:,} documents ({repeated:,} of them duplicates), {tokens:,} tokens"]
+    for settings in phases:
+        train, held_out = (len(SampleReader(corpus.folder, settings, split, 0)) for split in SPLITS)
+        lines.append(f"  {train:,} train, {held_out:,} held-out samples of up to {settings.sequence_length} tokens")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from typing import Any, Literal, TypeVar
 
 Section = TypeVar("Section")
 
+WORDS = ("basic", "mecab")
+NEXT = ("nsp", "sop", "none")
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class TokenizerSettings:
@@ -23,6 +26,19 @@ class TokenizerSettings:
 
     vocabulary_size: int
     lowercase: bool = True
+    words: str = "basic"
+    """What divides text into words: `basic`, white space and punctuation, or `mecab`, for Japanese."""
+
+    alphabet: int = 6000
+    """Characters that the vocabulary covers, the most frequent ones. Words with others become [UNK]."""
+
+    sample_megabytes: int = 1000
+    """Text that the vocabulary is learnt from, taken evenly from all of the source; what it has if that is less."""
+
+    def __post_init__(self) -> None:
+        _check(self.words in WORDS, "words", self.words, f"one of {', '.join(WORDS)}")
+        _check(self.alphabet >= 1, "alphabet", self.alphabet, "at least 1")
+        _check(self.sample_megabytes >= 1, "sample_megabytes", self.sample_megabytes, "at least 1")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -30,21 +46,34 @@ class DataSettings:
     """How documents become sentence pairs, and how those are masked."""
 
     sequence_length: int
-    """Tokens of a sample, with [CLS] and two [SEP]; shorter samples are padded to it."""
+    """Tokens of a sample, with [CLS] and [SEP]; shorter samples are padded to it."""
 
     held_out: float = 0.05
-    """Share of the documents that is kept for evaluation and never trained on."""
+    """Share of the documents that is kept for evaluation and never trained on. All of it is evaluated each time, so a
+    large corpus wants a small share: 0.0001 of 350 GB are 35 MB."""
 
     passes: int = 1
-    """Times the training documents are cut into pairs, each time at other places and with other random partners."""
+    """Times the training documents are cut into samples, each time at other places. With `next: none` they would be
+    the same places: 1."""
 
     mask_probability: float = 0.15
     """Share of a sample's tokens that the model has to predict."""
 
+    whole_words: bool = False
+    """Whether all pieces of a word are hidden together. Needs a tokenizer that marks inner pieces with ##."""
+
+    next: str = "nsp"
+    """What the model says of a sample's two segments. `nsp`: whether the second follows the first or is of another
+    document (BERT, `next_sentence_label`). `sop`: whether they are in order or swapped (ALBERT; the label is called
+    `sentence_order_label` where `model_type` is `albert`). `none`: nothing. There are no segments, samples run on over
+    the ends of documents, and the model is one for masked language modelling (RoBERTa)."""
+
     def __post_init__(self) -> None:
         _check(self.sequence_length >= 8, "sequence_length", self.sequence_length, "at least 8")
         _check(0 < self.held_out < 1, "held_out", self.held_out, "between 0 and 1")
+        _check(self.next in NEXT, "next", self.next, f"one of {', '.join(NEXT)}")
         _check(self.passes >= 1, "passes", self.passes, "at least 1")
+        _check(self.passes == 1 or self.next != "none", "passes", self.passes, "1 with next=none")
         _check(0 < self.mask_probability < 1, "mask_probability", self.mask_probability, "between 0 and 1")
 
 
