@@ -66,10 +66,10 @@ def prepare(
         for _ in in_processes(partial(_make_shard, output), left, workers, "tokenizing"):
             pass
         if not (output / "manifest.json").is_file():
-            _finish(output, held_out, len(pieces))
+            finish(output, held_out, len(pieces))
         corpus = Corpus.load(output)
         for settings in phases:
-            _cut(corpus, settings, workers)
+            cut_samples(corpus, settings, workers)
     return corpus
 
 
@@ -167,7 +167,7 @@ def _encoded(batch: list[tuple[Document, list[str]]], encode: Encode) -> Iterato
         yield document, [found for _, found in zip(sentences, ids) if found]
 
 
-def _finish(output: Path, held_out: float, shards: int) -> None:
+def finish(output: Path, held_out: float, shards: int) -> None:
     """Finds duplicates and writes the manifest, which makes the folder a whole."""
     write_duplicates(output, shards)
     counts = [asdict(read_counts(shard_path(output, number))) for number in range(shards)]
@@ -181,7 +181,8 @@ def _finish(output: Path, held_out: float, shards: int) -> None:
     )
 
 
-def _cut(corpus: Corpus, settings: DataSettings, workers: int) -> None:
+def cut_samples(corpus: Corpus, settings: DataSettings, workers: int) -> None:
+    """Cuts the samples of all shards, or of those that were not cut yet."""
     folder = samples_folder(corpus.folder, settings)
     if (folder / "manifest.json").is_file():
         return

@@ -17,7 +17,7 @@ import pytest
 from corpus import Piece, find_pieces, read_documents
 from datasets import Dataset
 from encoding import load_encoder
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentences import split_sentences
 from settings import TokenizerSettings
@@ -83,6 +83,7 @@ def test_japanese_sentences(text, sentences):
     assert split_sentences(text) == sentences
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="あア亜。！？「」『』（）aA. \n", max_size=60))
 def test_no_character_is_lost_between_sentences(text):
     assert "".join("".join(split_sentences(text)).split()) == "".join(text.split())
@@ -107,6 +108,7 @@ def test_local_files_give_their_documents(tmp_path):
         assert files == [f"{tmp_path}/{name}" for name in names for _ in range(2)]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["", " ", "a", "b c", "é"]), max_size=25),
     st.integers(1, 40),
