@@ -26,7 +26,14 @@ from optimizers import build_optimizer
 from progress import Progress
 from schedule import learning_rate
 from settings import Recipe
-from transformers import AutoConfig, AutoModelForPreTraining, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -39,7 +46,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
             f"model: max_position_embeddings={config.max_position_embeddings} is less than "
             f"data: sequence_length={longest}"
         )
-    return AutoModelForPreTraining.from_config(config)
+    # Where samples are not made of two segments there is nothing to say of them.
+    kind = AutoModelForMaskedLM if recipe.data.next == "none" else AutoModelForPreTraining
+    return kind.from_config(config)
 
 
 @dataclass(slots=True)
@@ -59,12 +68,9 @@ class Run:
 def train(accelerator: Accelerator, args: argparse.Namespace, recipe: Recipe) -> torch.nn.Module:
     """Trains all phases, or what is left of them after the last checkpoint in `args.output`."""
     settings, phases = recipe.training, recipe.phases()
-    folders = [Path(folder) for folder in args.data] * (len(phases) if len(args.data) == 1 else 1)
-    if len(folders) != len(phases):
-        raise ValueError(f"--data: {len(folders)} folders for {len(phases)} phases; give one each, or one for all")
-    tokenizer = AutoTokenizer.from_pretrained(folders[0] / "tokenizer")
-    model: torch.nn.Module = build_model(recipe, tokenizer)
-    config = model.config
+    tokenizer = AutoTokenizer.from_pretrained(f"{args.data}/tokenizer")
+    plain = build_model(recipe, tokenizer)
+    model: torch.nn.Module = plain
     optimizer = build_optimizer(model, settings, accelerator.device)
     model, optimizer = accelerator.prepare(model, optimizer)
     guard = DivergenceGuard(accelerator, settings.on_divergence, settings.spike_deviations)
@@ -78,11 +84,11 @@ def train(accelerator: Accelerator, args: argparse.Namespace, recipe: Recipe) ->
     progress = Progress(accelerator, Path(args.output), steps, position.step, position.metrics_bytes)
     run = Run(accelerator, model, optimizer, guard, checkpoints, progress, position.step)
     before = 0
-    for number, (phase, folder) in enumerate(zip(phases, folders), start=1):
+    for number, phase in enumerate(phases, start=1):
         done = run.step - before
         if done < phase.training.steps:
-            progress.begin_phase(number, phase, config, done)
-            train_phase(run, phase, folder, done)
+            progress.begin_phase(number, phase, plain, done)
+            train_phase(run, phase, Path(args.data), done)
         before += phase.training.steps
     progress.close()
     return model
@@ -147,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", required=True, help="a file of configs/")
-    add("--data", required=True, nargs="+", help="folder that prepare.py wrote; or several, one for each phase")
+    add("--data", required=True, help="folder that prepare.py wrote")
     add("--output", required=True, help="folder for the model, its tokenizer, metrics.jsonl and checkpoints")
     add("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="change the config")
     args = parser.parse_args()
@@ -163,7 +169,7 @@ def main() -> None:
             f"the training diverged: {error}. The last good checkpoint is {last}. Started again, the run goes on from "
             "there and meets the same batches: lower learning_rate, or set on_divergence to skip"
         ) from None
-    save(accelerator, model, args.data[0], args.output)
+    save(accelerator, model, args.data, args.output)
     accelerator.print(f"{args.output}: saved; read it with AutoModelForMaskedLM.from_pretrained")
     accelerator.end_training()
 

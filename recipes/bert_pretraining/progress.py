@@ -14,7 +14,7 @@ from accelerate.utils import tqdm
 from evaluation import HeldOut
 from settings import Recipe
 from throughput import flops_per_sample, peak_tflops
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
 
 class Progress:
@@ -36,12 +36,12 @@ class Progress:
             self._file.seek(0, 2)
         self._bar = tqdm(total=steps, initial=done, desc="pretraining", unit="step")
 
-    def begin_phase(self, number: int, phase: Recipe, config: PretrainedConfig, done: int) -> None:
+    def begin_phase(self, number: int, phase: Recipe, model: PreTrainedModel, done: int) -> None:
         """A phase begins, or goes on after `done` of its steps."""
         self._number, self._phase, self._done = number, phase, done
         self._tflop = self._peak = 0.0
         if self._accelerator.is_main_process:
-            self._tflop = flops_per_sample(config, phase.data.sequence_length) / 1e12
+            self._tflop = flops_per_sample(model, phase.data.sequence_length) / 1e12
             self._peak = peak_tflops(self._accelerator.device) or 0.0
         self._start_window()
 

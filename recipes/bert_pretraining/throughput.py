@@ -6,7 +6,7 @@ import copy
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForPreTraining, PretrainedConfig
+from transformers import PreTrainedModel
 
 _BACKWARD = 2
 """Products of a backward for each of its forward. What is computed again to save memory does not count."""
@@ -14,13 +14,15 @@ _PEAKS = {"H200": 989.4, "H100": 989.4, "GH200": 989.4, "A100": 312.0, "V100": 1
 """TFLOP/s of dense bf16 products (fp16 on a V100), from NVIDIA's data sheets of the SXM modules."""
 
 
-def flops_per_sample(config: PretrainedConfig, length: int) -> float:
+def flops_per_sample(model: PreTrainedModel, length: int) -> float:
     """FLOPs of the matrix products and attention that training on one sample of `length` tokens takes.
 
-    The head counts at all positions, though it could be left out where no token is hidden.
+    Nothing of `model` but its class and configuration is used. The head counts at all positions, though it could be
+    left out where no token is hidden.
     """
     with torch.device("meta"):
-        blank = AutoModelForPreTraining.from_config(copy.deepcopy(config)).eval()
+        # Of `model` itself a process may have a part.
+        blank = type(model)(copy.deepcopy(model.config)).eval()
         ids = torch.zeros(1, length, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         blank(input_ids=ids)

@@ -34,7 +34,7 @@ def test_evaluation_is_exact_whatever_the_batch_size(tokenizer, data, recipe):
     (whole,) = held_out_loader(data, of_batch_size(recipe, 1000), rank=0, ranks=1)
     with torch.no_grad():
         outputs = model(**whole)
-    sums = sample_sums(outputs.prediction_logits, outputs.seq_relationship_logits, whole)
+    sums = sample_sums(outputs, whole)
     assert sums[:, 1].tolist() == (whole["labels"] != IGNORED).sum(1).tolist()
     accelerator = Accelerator(cpu=True)
     for size in (7, 1000):

@@ -14,7 +14,12 @@ from optimizers import build_optimizer
 from schedule import learning_rate
 from settings import Recipe, TrainingSettings
 from throughput import flops_per_sample, peak_tflops
-from transformers import BertConfig, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from tests.checkpoint.runs import Tiny, batches
 from tests.parity.harness import loss_of, on_ranks, planner, shards
@@ -226,5 +231,5 @@ def test_flops_are_those_of_the_products():
     layers, hidden, length = 3, 32, 16
     per_token = 6 * (layers * 12 * hidden**2 + hidden**2 + hidden * 100) + 12 * layers * length * hidden
     ends = 6 * (hidden**2 + 2 * hidden)
-    assert flops_per_sample(config, length) == length * per_token + ends
+    assert flops_per_sample(BertForPreTraining(config), length) == length * per_token + ends
     assert peak_tflops(torch.device("cpu")) is None

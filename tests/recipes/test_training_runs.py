@@ -4,70 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
-import prepare
 import pretrain
 import pytest
 import torch
-import train_tokenizer
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from checkpoints import Checkpoints
 from divergence import Diverged
 from settings import Recipe
 
-CONFIG = {
-    "tokenizer": {"vocabulary_size": 120},
-    "data": {"sequence_length": 16, "held_out": 0.2},
-    "model": {
-        "model_type": "bert",
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 24,
-        "hidden_dropout_prob": 0.1,
-    },
-    "training": {
-        "learning_rate": 0.01,
-        "optimizer": "lamb",
-        "log_every": 2,
-        "evaluate_every": 4,
-        "checkpoint_every": 2,
-        "phases": [
-            {"sequence_length": 16, "batch_size": 8, "steps": 5, "warmup_steps": 2},
-            {"sequence_length": 24, "batch_size": 4, "steps": 4, "warmup_steps": 0, "decay": "cosine"},
-        ],
-    },
-}
+from tests.recipes.runs import CONFIG, make_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A config, and data for both of its phases."""
     folder = tmp_path_factory.mktemp("recipe")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    nouns, verbs = ["cat", "dog", "bird", "fish", "tree"], ["sees", "finds", "likes", "hears"]
-    texts = [
-        "\n".join(f"The {nouns[(i + j) % 5]} {verbs[i * j % 4]} a {nouns[(i * j + 1) % 5]}." for j in range(8))
-        for i in range(12)
-    ]
-    (folder / "corpus.txt").write_text("\n\n".join(f"Text {i}.\n{text}" for i, text in enumerate(texts)))
-    common = ["--config", str(folder / "config.json"), "--source", str(folder / "corpus.txt")]
-    run(train_tokenizer, *common, "--output", str(folder / "tokenizer"))
-    for length in (16, 24):
-        content = {**CONFIG, "data": {**CONFIG["data"], "sequence_length": length}}
-        (folder / f"{length}.json").write_text(json.dumps(content))
-        common = ["--config", str(folder / f"{length}.json"), "--source", str(folder / "corpus.txt")]
-        run(prepare, *common, "--tokenizer", str(folder / "tokenizer"), "--output", str(folder / f"data{length}"))
+    make_folder(folder)
     return folder
-
-
-def run(program, *arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [program.__name__, *arguments])
-        program.main()
 
 
 def train(folder, output, overrides=()):
@@ -75,9 +30,8 @@ def train(folder, output, overrides=()):
     recipe = Recipe.load(folder / "config.json", overrides)
     set_seed(recipe.training.seed)
     accelerator = Accelerator(cpu=True)
-    arguments = argparse.Namespace(data=[folder / "data16", folder / "data24"], output=str(output))
     try:
-        model = pretrain.train(accelerator, arguments, recipe)
+        model = pretrain.train(accelerator, argparse.Namespace(data=folder / "data", output=str(output)), recipe)
         return {name: value.clone() for name, value in model.state_dict().items()}
     finally:
         accelerator.free_memory()
@@ -216,8 +170,7 @@ def test_a_sudden_rise_is_left_out(folder, tmp_path, monkeypatch):
     content = {**CONFIG, "training": {**CONFIG["training"], "checkpoint_every": 0, "on_divergence": "skip"}}
     content["training"]["phases"] = [{"batch_size": 4, "steps": 32}, {"sequence_length": 24, "steps": 1}]
     (tmp_path / "config.json").write_text(json.dumps(content))
-    for name in ("data16", "data24"):
-        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "data").symlink_to(folder / "data")
     train(tmp_path, tmp_path / "output")
     (line,) = [line for line in records(tmp_path / "output") if "skipped" in line]
     assert line["step"] == 30 and "the loss rose to" in line["skipped"]

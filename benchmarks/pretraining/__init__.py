@@ -1,0 +1,1 @@
+"""What `pretraining_run.py` trains on, and what it writes of a run."""
