@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -37,6 +39,30 @@ def autocast_off() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def quiet_export() -> Iterator[None]:
+    """Keep what export tells of a failure to itself: it prints the whole graph, and a failure is not the end here."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    thread, stream = threading.get_ident(), sys.stderr
+
+    def elsewhere(record: logging.LogRecord) -> bool:
+        return threading.get_ident() != thread
+
+    class Elsewhere:
+        def write(self, text: str) -> int:
+            return stream.write(text) if threading.get_ident() != thread else len(text)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(stream, name)
+
+    logger.addFilter(elsewhere)
+    try:
+        with contextlib.redirect_stderr(Elsewhere()):
+            yield
+    finally:
+        logger.removeFilter(elsewhere)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,9 @@ from .errors import CaptureError
 from .experts import graph_friendly_experts, told_of_router_losses
 from .export import Export, batch_size, export_step
 from .graph import Block, Graph, ParameterSpec
+from .opaque.operation import is_opaque, region_of
+from .opaque.prepare import Regions, mark_kinds
+from .opaque.search import with_regions
 from .passes.batch_norm import expose_statistics
 from .passes.cleanup import drop_assertions, drop_dead, drop_lifts, relax_views
 from .passes.counts import Counts, count_samples
@@ -71,11 +74,16 @@ def capture(
             # What is recomputed is up to the plan.
             if getattr(module, "gradient_checkpointing", False):
                 module.__dict__["gradient_checkpointing"] = False
-        small, large = (
-            _step(export_step(model, inputs, n, total, dtype, loss), model, batch, training, loss) for n in SAMPLES
-        )
-        merge(small.graph, large.graph, (small.export.constants, large.export.constants))
-        return _finish(small, model, training)
+
+        def attempt(regions: Regions) -> Graph:
+            small, large = (
+                _step(export_step(model, inputs, n, total, dtype, loss, regions), model, batch, training, loss)
+                for n in SAMPLES
+            )
+            merge(small.graph, large.graph, (small.export.constants, large.export.constants))
+            return _finish(small, model, training, regions)
+
+        return with_regions(model, inputs, total, dtype, attempt)
 
 
 @dataclass(frozen=True)
@@ -131,11 +139,12 @@ def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: 
     return _Step(export, paths, loss_path, split, tuple(updates))
 
 
-def _finish(step: _Step, model: nn.Module, training: bool) -> Graph:
+def _finish(step: _Step, model: nn.Module, training: bool, regions: Regions) -> Graph:
     graph, export = step.graph, step.export
     specs, names = _parameters(model, export)
     _redirect_tied(graph, names)
     drop_dead(graph)
+    mark_kinds(graph, regions)
     preamble = mark_preamble(graph, {*names, *step.updates})
     preamble.update(n for n in graph.nodes if n.name in step.updates)
     output = next(n for n in graph.nodes if n.op == "output")
@@ -176,6 +185,7 @@ def _finish(step: _Step, model: nn.Module, training: bool) -> Graph:
         sums=frozenset(n.name for n in sums if n.name in live),
         structural_hash=_hash(blocks, specs),
         split=step.split,
+        opaque={key: regions.by_key[key] for n in graph.nodes if is_opaque(n) and (key := region_of(n))},
     )
     if training:
         _check_gradients(result, export.gradients)

@@ -21,7 +21,26 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+).*\n(?: {4}(?P<c
 
 
 class CaptureError(ValueError):
-    """The step cannot be captured, or not split exactly; the message names the operation, the module and a way out."""
+    """The step cannot be captured, or not split exactly; the message names the operation, the module and a way out.
+
+    `module` is the path of the module whose code cannot be captured (empty for the model itself), where it would help
+    to run it as it is (`opaque`); None where that would not. `calls_before` are the paths of the modules that it had
+    called by then.
+    """
+
+    def __init__(self, message: str, module: str | None = None, calls_before: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.module, self.calls_before = module, tuple(calls_before)
+
+
+class NotSplittable(CaptureError):
+    """What a module does to a batch cannot be done to parts of it, nor helps it to run as it is."""
+
+
+def plain_reason(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def where(node: fx.Node) -> str:

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from .ambient import no_autocast, plain_context
+from .ambient import no_autocast, plain_context, quiet_export
 from .errors import CaptureError
+from .opaque.prepare import Regions
 from .state import fake_state
 from .watch import Losses, Watch
 
@@ -44,11 +45,12 @@ def export_step(
     total: int,
     dtype: torch.dtype | None,
     loss: Losses = "fused",
+    regions: Regions | None = None,
 ) -> Export:
     """Export `model(**batch)` with `samples` samples instead of the `total` that `batch` holds.
 
     Floating parameters are treated as `dtype` (None: as they are). Nothing is computed or allocated. The caller
-    restores the model (`state.preserved`).
+    restores the model (`state.preserved`). Modules in `regions` are exported as one operation.
 
     Raises:
         CaptureError: naming the module and the line of its code that cannot be exported.
@@ -66,9 +68,14 @@ def export_step(
             }
         try:
             with fake_state(model, fake_mode, dtype), no_autocast(), watch:
-                program = torch.export.export(model, (), kwargs=inputs, strict=False)
+                if regions is not None:
+                    regions.install(model, samples)
+                with quiet_export():
+                    program = torch.export.export(model, (), kwargs=inputs, strict=False)
         except Exception as error:
-            raise CaptureError(watch.explain(error)) from error
+            # What a module refuses to do by a message of ours is refused wherever it runs, unless that names a module.
+            module = error.module if isinstance(error, CaptureError) else watch.failed
+            raise CaptureError(watch.explain(error), module, watch.calls_before) from error
     signature = program.graph_signature
     # Fields that are not tensors are constants of the step: export keeps an unused placeholder for them.
     fields = [name for name, value in inputs.items() for _ in pytree.tree_leaves(value)]

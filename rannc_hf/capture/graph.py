@@ -10,10 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
+
+from .opaque.operation import is_opaque, region_of
+
+if TYPE_CHECKING:
+    from .opaque.region import Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +138,24 @@ class Graph:
     """Hash of the parameters and of which block uses which; a plan is bound to it."""
     split: bool = False
     """Whether this is a training step whose loss is computed outside, from any of its outputs."""
+    opaque: Mapping[str, Region] = field(default_factory=dict)
+    """Key to a part of the model that runs as it is (`capture.opaque`)."""
 
     def producer(self, value: str) -> int:
         """Index of the block that computes `value`."""
         return self._producers[value]
+
+    def runs_as_written(self, block: Block) -> bool:
+        """Whether a part of `block` could not be captured: the block is not compiled."""
+        return not self._opaque_nodes.isdisjoint(block.nodes)
+
+    @property
+    def _opaque_nodes(self) -> frozenset[str]:
+        cached: frozenset[str] | None = self.__dict__.get("_opaque_cache")
+        if cached is None:
+            cached = frozenset(n.name for n in self.fx_graph.nodes if is_opaque(n)) if self.opaque else frozenset()
+            self.__dict__["_opaque_cache"] = cached
+        return cached
 
     @property
     def differentiated(self) -> tuple[str, ...]:
@@ -158,6 +178,21 @@ class Graph:
                 seen.add(node)
                 stack.extend(node.all_input_nodes)
         return frozenset(self.parameter_inputs[n.name] for n in seen if n.name in self.parameter_inputs)
+
+    @property
+    def conditional_parameters(self) -> frozenset[str]:
+        """Parameters that some batches leave without a gradient, such as those of experts: then it is all zeros here.
+
+        Their `.grad` stays None too, as in plain training.
+        """
+        found = set()
+        for node in self.fx_graph.nodes:
+            if is_opaque(node):
+                values: Any = node.args[0]
+                for value, conditional in zip(values, self.opaque[region_of(node)].conditional):
+                    if conditional and value.name in self.parameter_inputs:
+                        found.add(self.parameter_inputs[value.name])
+        return frozenset(found)
 
     @property
     def _producers(self) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ import torch.fx as fx
 from torch.fx.node import map_aggregate
 
 from .graph import Block, Graph
+from .opaque.operation import is_opaque, region_of
+from .opaque.region import Region
 from .passes.per_sample import PerSample
 
 
@@ -30,7 +32,7 @@ def block_function(graph: Graph, block: Block, samples: int, device: torch.devic
         return values[node.name]
 
     for name in block.nodes:
-        values[name] = copy_node(made, by_name[name], get, samples, device)
+        values[name] = copy_node(made, by_name[name], get, samples, device, graph.opaque)
     made.output(tuple(values[name] for name in block.outputs))
     return fx.GraphModule({}, made)
 
@@ -64,15 +66,20 @@ def preamble_function(
         copies[name] = made.placeholder(name)
     for node in graph.fx_graph.nodes:
         if node in needed and node.op == "call_function":
-            copies[node.name] = copy_node(made, node, lambda n: copies[n.name], samples, device)
+            copies[node.name] = copy_node(made, node, lambda n: copies[n.name], samples, device, graph.opaque)
     made.output(tuple(copies[name] for name in names))
     return fx.GraphModule({}, made), inputs
 
 
 def copy_node(
-    made: fx.Graph, node: fx.Node, get: Callable[[fx.Node], fx.Node], samples: int, device: torch.device
+    made: fx.Graph,
+    node: fx.Node,
+    get: Callable[[fx.Node], fx.Node],
+    samples: int,
+    device: torch.device,
+    opaque: Mapping[str, Region],
 ) -> fx.Node:
-    """A copy of `node` in `made` with the number of samples and the device filled in."""
+    """A copy of `node` in `made` with the number of samples and the device filled in, and what an opaque one runs."""
 
     def resolve(value: Any) -> Any:
         if isinstance(value, fx.Node):
@@ -81,7 +88,7 @@ def copy_node(
             return int(value) * samples
         return device if isinstance(value, torch.device) else value
 
-    target: Any = node.target
+    target: Any = opaque[region_of(node)].function if is_opaque(node) else node.target
     args: Any = map_aggregate(node.args, resolve)
     kwargs: Any = map_aggregate(dict(node.kwargs), resolve)
     return made.call_function(target, args, kwargs)

@@ -34,6 +34,9 @@ def save_graph(graph: Graph, path: Path, key: Mapping[str, Any]) -> bool:
     """
     from safetensors import torch as files
 
+    if graph.opaque:
+        what = next(iter(graph.opaque.values())).name
+        raise ValueError(f"{what} runs as it is written, and code has no place in a file")
     constants = {name: t.detach().cpu().contiguous().clone() for name, t in graph.constants.items()}
     header = {"format": _FORMAT, "key": json.dumps(key), "graph": json.dumps(_pack(graph))}
     content = files.save(constants, header)

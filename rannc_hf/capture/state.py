@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,34 +35,56 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     return [(v, copy.copy(v)) for v in module.__dict__.values() if isinstance(v, (dict, list, set))]
 
 
+def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer of a name, also where something else is in its place."""
+    path, _, own = name.rpartition(".")
+    holder = module.get_submodule(path)
+    parameter = holder._parameters.get(own)
+    found = holder._buffers.get(own) if parameter is None else parameter
+    assert found is not None, name
+    return found
+
+
+@contextlib.contextmanager
+def lent_state(model: nn.Module, make: Callable[[torch.Tensor, nn.Module, str], torch.Tensor]) -> Iterator[None]:
+    """Put others in the place of all parameters and buffers; undo it, and all else done to the model, at the end.
+
+    `make` gives them, from a tensor, the module that holds it, and its name there; once for tied ones.
+    """
+    made: dict[int, torch.Tensor] = {}
+    with preserved(model):
+        for module in model.modules():
+            tables: list[dict[str, Any]] = [module.__dict__["_parameters"], module.__dict__["_buffers"]]
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in made:
+                        made[id(tensor)] = make(tensor, module, name)
+                    table[name] = made[id(tensor)]
+            if isinstance(module, nn.RNNBase):
+                # Recurrent layers keep their weights in a list beside the parameters.
+                names = module._flat_weights_names
+                module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in names]
+        yield
+
+
 @contextlib.contextmanager
 def fake_state(model: nn.Module, fake_mode: FakeTensorMode, dtype: torch.dtype | None) -> Iterator[None]:
     """Put fake tensors in the place of all parameters and buffers, on the CPU, tied ones shared; undo it at the end.
 
     Floating parameters become `dtype`, unless it is None.
     """
-    fakes: dict[int, torch.Tensor] = {}
 
     def fake(tensor: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
-        if id(tensor) not in fakes:
-            if is_lazy(tensor):
-                raise CaptureError(
-                    f"'{name}' of a {type(module).__name__} has no shape yet: run the model on one batch before"
-                )
-            with fake_mode:
-                fakes[id(tensor)] = _fake(tensor, dtype)
-        return fakes[id(tensor)]
+        if is_lazy(tensor):
+            raise CaptureError(
+                f"'{name}' of a {type(module).__name__} has no shape yet: run the model on one batch before"
+            )
+        with fake_mode:
+            return _fake(tensor, dtype)
 
-    with preserved(model):
-        for module in model.modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None:
-                        table[name] = fake(tensor, module, name)  # type: ignore[assignment]
-            if isinstance(module, nn.RNNBase):
-                # Recurrent layers keep their weights in a list beside the parameters.
-                names = module._flat_weights_names
-                module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in names]
+    with lent_state(model, fake):
         yield
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -39,24 +41,42 @@ class Watch:
         self._names = {id(vars(m)): n for n, m in model.named_modules()}
         self._stack: list[nn.Module] = []
         self._failed: nn.Module | None = None
+        self._callers: dict[type, nn.Module] = {}
+        """Autograd function to the module that called it last."""
+        self._done: list[list[nn.Module]] = [[]]
+        """For each module that is running the calls it has made; first those of the model itself."""
+        self._calls_before: tuple[str, ...] = ()
         self.gradients: frozenset[str] = frozenset()
 
     def __enter__(self) -> Watch:
         self._handles = [
-            register_module_forward_pre_hook(lambda m, a: self._stack.append(m)),
+            register_module_forward_pre_hook(lambda m, a: self._enter(m)),
             register_module_forward_hook(lambda m, a, o: self._leave(m, o)),
         ]
+        self._functions = _noted_functions(self._note)
+        self._functions.__enter__()
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._functions.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
-        known = [m for m in self._stack if id(vars(m)) in self._names]
-        self._failed = known[-1] if known else None
+        known = [i for i, m in enumerate(self._stack) if id(vars(m)) in self._names]
+        self._failed = self._stack[known[-1]] if known else None
+        done = self._done[known[-1] + 1] if known else []
+        self._calls_before = tuple(path for m in done if (path := self._path(m)))
+
+    def _enter(self, module: nn.Module) -> None:
+        self._stack.append(module)
+        self._done.append([])
 
     def _leave(self, module: nn.Module, output: Any) -> None:
-        while self._stack and self._stack.pop() is not module:
-            pass
+        while self._stack:
+            own = self._stack.pop()
+            self._done.pop()
+            if own is module:
+                break
+        self._done[-1].append(module)
         if vars(module) is vars(self._model) and module.training:
             self._follow(output)
 
@@ -72,11 +92,30 @@ class Watch:
         found = set()
         for step in _history(starts):
             if isinstance(step, BackwardCFunction) and not _keeps_backward(_name(step)):
-                raise CaptureError(_refuse_function(_name(step)))
+                caller = self._callers.get(getattr(step, "_forward_cls", type(step)))
+                raise CaptureError(_refuse_function(_name(step)), self._path(caller))
             variable = getattr(step, "variable", None)
             if id(variable) in names:
                 found.add(names[id(variable)])
         self.gradients = frozenset(found)
+
+    def _note(self, function: type) -> None:
+        known = [m for m in self._stack if id(vars(m)) in self._names]
+        if known:
+            self._callers[function] = known[-1]
+
+    def _path(self, module: nn.Module | None) -> str | None:
+        return None if module is None else self._names.get(id(vars(module)))
+
+    @property
+    def failed(self) -> str:
+        """The path of the innermost module that was running when the export failed."""
+        return self._path(self._failed) or ""
+
+    @property
+    def calls_before(self) -> tuple[str, ...]:
+        """The modules that this one had called until then."""
+        return self._calls_before
 
     def explain(self, error: BaseException) -> str:
         """What to tell the user about an error that the export ran into."""
@@ -91,6 +130,23 @@ class Watch:
             return f"{start}  {error}"
         reason = str(error).strip().splitlines()
         return f"{start}  {type(error).__name__}: {reason[0] if reason else ''}\n{_HINTS}"
+
+
+@contextlib.contextmanager
+def _noted_functions(note: Callable[[type], None]) -> Iterator[None]:
+    """Tell of every call of an autograd function in this thread."""
+    apply, thread = torch.autograd.Function.__dict__["apply"], threading.get_ident()
+
+    def noted(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            note(cls)
+        return apply.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(noted)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 def find_loss(outputs: Any) -> Any:

@@ -34,7 +34,7 @@ def analytic_costs(graph: Graph, device: Device, samples: int | Iterable[int]) -
     names: dict[str, str] = {}
     for block in graph.blocks:
         if block.key not in points:
-            points[block.key] = tuple(_block_cost(graph, block, device, n) for n in sizes)
+            points[block.key] = tuple(block_cost(graph, block, device, n) for n in sizes)
             names[block.key] = block.name
     return CostTable(device, main_dtype(graph), points, names, "analytic")
 
@@ -49,7 +49,8 @@ def main_dtype(graph: Graph) -> torch.dtype:
     return max(sizes, key=lambda k: sizes[k]) if sizes else torch.float32
 
 
-def _block_cost(graph: Graph, block: Block, device: Device, samples: int) -> BlockCost:
+def block_cost(graph: Graph, block: Block, device: Device, samples: int) -> BlockCost:
+    """Costs of one block."""
     nodes = nodes_by_name(graph)
     forward = backward = 0.0
     forward_kernels = backward_kernels = 0

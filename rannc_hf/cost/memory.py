@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 
 from rannc_hf.capture.graph import Block, Graph
+from rannc_hf.capture.opaque.operation import is_opaque, region_of
 from rannc_hf.cost import ops
 
 _KEEPS_NOTHING = ops.words(
@@ -101,6 +102,8 @@ def _in_steps(node: fx.Node, graph: Graph, cpu: bool) -> bool:
 def _internal_bytes(node: fx.Node, graph: Graph, samples: int, cpu: bool) -> int:
     """Bytes that an operation keeps besides its inputs and results."""
     name, spec = ops.op_name(node), graph.values.get(node.name)
+    if is_opaque(node):
+        return int(graph.opaque[region_of(node)].saved * samples)
     if spec is None:
         return 0
     if name == "cross_entropy_loss":

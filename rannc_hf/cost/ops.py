@@ -9,6 +9,7 @@ from typing import Any
 import torch.fx as fx
 
 from rannc_hf.capture.graph import Graph
+from rannc_hf.capture.opaque.operation import is_opaque, region_of
 
 
 def words(text: str) -> frozenset[str]:
@@ -103,6 +104,8 @@ _PRODUCTS = words(
 def forward_flops(node: fx.Node, graph: Graph, samples: int) -> float:
     """FLOPs (two per multiply and add) of matrix products, convolutions and attention; 0 for everything else."""
     name = op_name(node)
+    if is_opaque(node):
+        return graph.opaque[region_of(node)].flops * samples
     operands = matmul_operands(node)
     if operands is not None:
         out, left, right = (_shape(n, graph, samples) for n in (node, *operands))

@@ -59,6 +59,7 @@ class Functions:
     def block(self, block: Block, samples: int) -> Differentiable:
         """What runs a block; blocks with equal keys share it."""
         compiled = self.compilation.active and samples in self.compilation.samples
+        compiled = compiled and not self.graph.runs_as_written(block)
         wanted = self._wanted.get(block.nodes[0])
         if wanted is None:
             wanted = self._wanted[block.nodes[0]] = wanted_gradients(self.graph, block, self._live)

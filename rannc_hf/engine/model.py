@@ -108,7 +108,7 @@ class RanncModel(nn.Module):
         self._planned_key: Any = None
         self._steps = 0
         self._running: Graph | None = None
-        self._unpublished: tuple[int, frozenset[str]] | None = None
+        self._unpublished: tuple[int, frozenset[str], frozenset[str]] | None = None
         self._held_scale: torch.Tensor | None = None
         self.training = module.training
 
@@ -144,7 +144,7 @@ class RanncModel(nn.Module):
             self._held_scale = self._gradient_scale()
             loss = runtime.train(gathered, self._steps, self._held_scale)
         self.meter.ran(gathered.samples, gathered.tokens, loss, steady=len(self._runtimes) == known)
-        self._unpublished = self._steps, runtime.trained(runtime.graph.differentiated)
+        self._unpublished = self._steps, runtime.trained(runtime.graph.differentiated), runtime.conditional
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         return training_output(runtime.graph, _Publish.apply(anchor, loss, self, self._steps))
 
@@ -178,8 +178,8 @@ class RanncModel(nn.Module):
                 "before the next forward of the model"
             )
         assert self.store is not None
-        trained, self._unpublished = self._unpublished[1], None
-        self.store.publish(scale if self._held_scale is None else scale / self._held_scale, trained)
+        (_, trained, conditional), self._unpublished = self._unpublished, None
+        self.store.publish(scale if self._held_scale is None else scale / self._held_scale, trained, conditional)
 
     def _forget(self) -> None:
         """Another backward takes the place of gradients that were not published."""

@@ -75,6 +75,8 @@ class Runtime:
         self._lists: dict[int, list[Action]] = {}
         self._prepared: dict[tuple[int, ...], list[Instruction]] = {}
         self._halves: dict[tuple[int, ...], tuple[list[Instruction], list[Instruction]]] = {}
+        self.conditional = self.graph.conditional_parameters
+        """Parameters that a step may not reach."""
         self._trained: dict[tuple[str, ...], frozenset[str]] = {}
         opened = channels(program, plan)
         if self.graph.split or not self.graph.training:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rannc_hf.capture import Graph, capture
+from rannc_hf.capture.opaque.tell import told
 from rannc_hf.capture.watch import Losses
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine.transport import Transport
@@ -18,6 +19,8 @@ from rannc_hf.partition.schedules import SPLIT_SCHEDULE
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+_told: set[str] = set()
+"""What has been said: a model is captured again for other shapes."""
 
 
 def agree(transport: Transport, what: str, work: Callable[[], T], signature: Callable[[T], Any] = lambda _: None) -> T:
@@ -57,8 +60,8 @@ def capture_agreed(
     training: bool,
     loss: Losses,
 ) -> Graph:
-    """Capture on every rank, and make sure that all have the same graph."""
-    return agree(
+    """Capture on every rank, and make sure that all have the same graph. Rank 0 says which modules run as they are."""
+    graph = agree(
         transport,
         "capture of the model",
         lambda: transport.once(
@@ -66,6 +69,11 @@ def capture_agreed(
         ),
         lambda graph: (graph.structural_hash, [block.key for block in graph.blocks]),
     )
+    for line in told(graph) if transport.rank == 0 else ():
+        if line not in _told:
+            _told.add(line)
+            logger.warning("rannc: %s", line)
+    return graph
 
 
 def check_trained(graph: Graph, planned: Graph, plan: Plan, rank: int) -> None:

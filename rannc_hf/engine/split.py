@@ -92,7 +92,7 @@ class SplitStep:
         runtime.ran_once()
         # Every rank's loss counts the same, whatever its number of samples.
         share = torch.full((), 1.0 / transport.world_size, dtype=torch.float64, device=runtime.device)
-        store.publish(share, runtime.trained(used))
+        store.publish(share, runtime.trained(used), runtime.conditional)
 
     def check(self, create_graph: bool) -> None:
         """Raise RuntimeError where a backward is not possible, before any rank waits for another."""

@@ -13,9 +13,10 @@ import torch
 import torch.fx as fx
 
 from ..errors import CaptureError, where
+from ..opaque.operation import is_opaque
 from .counts import Counts, count_in_preamble, is_reduction, mean_to_sum
 from .linear import check_linear, share
-from .per_sample import SAMPLES, batched, spec
+from .per_sample import SAMPLES, PerSample, batched, spec
 from .schema import argument, name_of, with_arguments
 
 _aten = torch.ops.aten
@@ -52,9 +53,12 @@ class _Globalizer:
         for node in list(self.graph.nodes):
             if node.op != "call_function" or node in self.counts.local:
                 continue
+            kind = node.meta.get("opaque_kind")
             if any(n in self.linear for n in node.all_input_nodes):
                 check_linear(node, self.linear, self.counts)
                 self.linear.add(node)
+            elif kind is not None or is_opaque(node):
+                self.opaque(node, kind)
             elif is_reduction(node) and node in self.counts.preamble:
                 count_in_preamble(node, self.counts)
             elif is_reduction(node):
@@ -70,6 +74,24 @@ class _Globalizer:
                 self.linear.add(shared)
         self.propagate()
         return self.linear
+
+    def opaque(self, node: fx.Node, kind: str | None) -> None:
+        """A result of an opaque region, of which numbers have shown what it is over the samples."""
+        if kind not in ("sum", "mean"):
+            return
+        if node in self.counts.preamble:
+            raise CaptureError(
+                f"{where(node)} runs as it is, and computes one value from the fields of all samples of the batch"
+            )
+        if kind == "sum":
+            self.linear.add(node)
+            return
+        with self.graph.inserting_after(node):
+            local = self.counts.emit(node, _aten.mul.Tensor, (node, PerSample(1)))
+        with self.graph.inserting_after(local):
+            mean = self.counts.emit(node, _aten.div.Tensor, (local, self.counts.samples()))
+        node.replace_all_uses_with(mean, delete_user_cb=lambda user: user is not local)
+        self.linear |= {local, mean}
 
     # -- reductions ----------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ import torch.fx as fx
 
 from ..errors import CaptureError, where
 from ..graph import ValueSpec
+from ..opaque.operation import is_opaque
 from .per_sample import SAMPLES, PerSample, batched, spec
 from .schema import FILLS, argument, is_random, name_of
 
@@ -74,6 +75,8 @@ class _Step:
 
     def order(self) -> _Order:
         name = name_of(self.node).removeprefix("aten.")
+        if is_opaque(self.node):
+            return self.opaque()
         if name_of(self.node) in FILLS or (is_random(self.node) and not self.sources):
             return _ANY
         if name == "arange":
@@ -137,6 +140,15 @@ class _Step:
         assert made is not None
         step = argument(self.node, "step", 1) if argument(self.node, "start", 0) == 0 else None
         return _Order(1, _Position(step * made.rows if step is not None else None, made.rows > 1))
+
+    def opaque(self) -> _Order:
+        """Numbers have shown that the region treats each sample for itself, where it is given them in order."""
+        for order in (self.orders[n] for n in self.sources):
+            if order.position is not None:
+                raise self.refuse("computes with the position of a sample in the batch")
+            if order.outer not in (None, 1):
+                raise self.refuse("combines values with their samples in different orders")
+        return _PLAIN
 
     def spread(self) -> _Order:
         """A value that is the same for all samples, repeated for each."""

@@ -111,7 +111,7 @@ def _spec(a: fx.Node, b: fx.Node) -> ValueSpec | None:
             "with each other, and a split batch would give another loss"
         )
     dim = differing[0]
-    rows = _proportional(x.shape[dim], y.shape[dim])
+    rows = proportional(x.shape[dim], y.shape[dim])
     if rows is None:
         raise CaptureError(f"size {dim} of {a.target} in {where(a)} is not a multiple of the number of samples")
     shape = tuple(rows if d == dim else n for d, n in enumerate(x.shape))
@@ -122,7 +122,7 @@ def _shapes(node: fx.Node) -> list[tuple[int, ...]]:
     return [tuple(v.shape) for v in node.meta["val"] if isinstance(v, torch.Tensor)]
 
 
-def _proportional(a: float, b: float) -> int | None:
+def proportional(a: float, b: float) -> int | None:
     """The number of which `a` and `b` are `SAMPLES` times."""
     small, large = SAMPLES
     if not (math.isfinite(a) and math.isfinite(b)):
@@ -141,7 +141,7 @@ def _merge_constant(node: fx.Node, a: torch.Tensor, b: torch.Tensor) -> None:
         return
     if a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True):
         return
-    factor = _proportional(a.item(), b.item()) if a.numel() == b.numel() == 1 else None
+    factor = proportional(a.item(), b.item()) if a.numel() == b.numel() == 1 else None
     if factor is None:
         user = next(iter(node.users))
         raise CaptureError(
@@ -163,7 +163,7 @@ def _merge_arguments(a: Any, b: Any, node: fx.Node, same: Mapping[fx.Node, fx.No
     if a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)):
         return a
     if isinstance(a, (int, float)) and isinstance(b, (int, float)) and not isinstance(a, bool):
-        factor = _proportional(a, b)
+        factor = proportional(a, b)
         if factor is not None:
             return PerSample(factor)
     raise CaptureError(

@@ -56,7 +56,7 @@ def is_random(node: fx.Node) -> bool:
     """Whether a node draws random numbers (dropout that does not drop is not random)."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    for name in ("train", "training"):
+    for name in ("train", "training", "draws"):
         if argument(node, name) is False:
             return False
     return all(argument(node, name) != 0.0 for name in ("p", "dropout", "dropout_p"))

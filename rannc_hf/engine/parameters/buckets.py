@@ -122,10 +122,10 @@ class Bucket:
         return found if found is not None else torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
-    def publish(self, scale: torch.Tensor, only: Collection[str]) -> None:
+    def publish(self, scale: torch.Tensor, only: Collection[str], conditional: Collection[str] = ()) -> None:
         """Set (or add to) `.grad` of the user's parameters: the gradient of this step times `scale`.
 
-        Those that are not in `only` are left alone.
+        Those that are not in `only` are left alone, and those in `conditional` that this step has not reached.
         """
         if not self.spec.trainable:
             return
@@ -136,6 +136,8 @@ class Bucket:
                 if key not in only:
                     continue
                 view = self.view(self.gradient, key)
+                if key in conditional and not bool(view.any()):
+                    continue
                 if parameter.grad is None:
                     parameter.grad = view
                 else:

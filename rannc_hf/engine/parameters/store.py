@@ -118,10 +118,13 @@ class ParameterStore:
         """Reduce what has not been reduced yet, and wait for all reductions."""
         self._reducer.finish()
 
-    def publish(self, scale: torch.Tensor, only: Collection[str]) -> None:
-        """Hand this step's gradients, times `scale`, to the user's parameters in `only`."""
+    def publish(self, scale: torch.Tensor, only: Collection[str], conditional: Collection[str] = ()) -> None:
+        """Hand this step's gradients, times `scale`, to the user's parameters in `only`.
+
+        Of those in `conditional`, to the ones that the step has reached.
+        """
         for bucket in self.buckets:
-            bucket.publish(scale, only)
+            bucket.publish(scale, only, conditional)
 
     @torch.no_grad()
     def norm(self, norm_type: float) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Parts of a model that cannot be captured run as they are, as one operation of the graph: see docs/capture.md."""

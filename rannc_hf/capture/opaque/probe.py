@@ -1,0 +1,229 @@
+"""Run a model on a few samples, and record what the modules that cannot be captured are given and give."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from ..ambient import no_autocast, plain_context
+from ..errors import CaptureError, plain_reason
+from ..state import lent_state, tensor_of
+
+_NOISE = 1_000_003
+
+
+@dataclass
+class Call:
+    """One call of a module, with copies of its tensors."""
+
+    path: str
+    inputs: Any
+    """(args, kwargs)."""
+    outputs: Any = None
+    draws: bool = False
+    """Whether it moved PyTorch's generator."""
+    draws_elsewhere: bool = False
+    """Whether it moved that of Python or NumPy."""
+    writes: str | None = None
+    """What it wrote to: an input, a parameter or a buffer."""
+    state: list[torch.Tensor] = field(default_factory=list)
+    """Values of the parameters and buffers of `state_names`."""
+    stubs: list[tuple[str, Any]] = field(default_factory=list)
+    """Results of submodules' calls, where some are set apart, by path from the module's own."""
+
+
+def probe(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    samples: int,
+    total: int,
+    dtype: torch.dtype | None,
+    watched: Mapping[str, Sequence[str]],
+) -> list[Call]:
+    """The calls of modules `watched` in ``model(**batch)`` with `samples` samples: those of the batch, again and again.
+
+    `watched`: paths of modules, with those of submodules whose results are recorded too. Floating parameters are cast
+    to `dtype`. Parameters that have no memory get made-up values.
+
+    Raises:
+        CaptureError: where the model does not run on what the batch holds.
+    """
+    device = _device(model)
+    inputs = {name: _repeated(name, value, samples, total, device) for name, value in batch.items()}
+
+    def real(tensor: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+        kind = dtype if dtype is not None and isinstance(tensor, nn.Parameter) else tensor.dtype
+        return _real(tensor, kind if tensor.is_floating_point() else tensor.dtype, device, name)
+
+    calls: list[Call] = []
+    cuda = [device] if device.type == "cuda" else []
+    with _apart(cuda), lent_state(model, real), no_autocast():
+        for path, stubs in watched.items():
+            _record(model.get_submodule(path), path, stubs, calls, device)
+        try:
+            model(**inputs)
+        except Exception as error:
+            raise CaptureError(
+                f"parts of {type(model).__name__} run as they are, and to learn what they give it was run on "
+                f"{samples} samples of the batch, which failed with {plain_reason(error)}"
+            ) from error
+    return calls
+
+
+def _record(module: nn.Module, path: str, stubs: Sequence[str], calls: list[Call], device: torch.device) -> None:
+    forward = module.forward
+    running: list[Call] = []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        state = [tensor_of(module, name) for name in state_names(module, stubs)]
+        call = Call(path, copies((args, kwargs)), state=state)
+        running.append(call)
+        versions = [(what, t, t._version) for what, t in _written_to(module, (args, kwargs))]
+        before = _generators(device)
+        call.outputs = forward(*args, **kwargs)
+        after = _generators(device)
+        call.draws, call.draws_elsewhere = before[0] != after[0], before[1:] != after[1:]
+        call.writes = next((what for what, t, version in versions if t._version != version), None)
+        running.pop()
+        calls.append(call)
+        outputs, call.outputs = call.outputs, copies(call.outputs)
+        return outputs
+
+    module.__dict__["forward"] = recorded
+    for name in dict.fromkeys(stubs):
+        child = module.get_submodule(name)
+        child.__dict__["forward"] = _remembered(name, child.forward, running, len(stubs))
+
+
+def _remembered(name: str, forward: Callable[..., Any], running: Sequence[Call], most: int) -> Callable[..., Any]:
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        if running and len(running[-1].stubs) < most:
+            running[-1].stubs.append((name, copies(outputs)))
+        return outputs
+
+    return remembered
+
+
+def state_names(module: nn.Module, stubs: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of the parameters and buffers of `module`, tied ones once, without those of the submodules `stubs`."""
+    apart = tuple(f"{name}." for name in stubs)
+    found: dict[int, str] = {}
+    for named in (module.named_parameters, module.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if not name.startswith(apart):
+                found.setdefault(id(tensor), name)
+    return tuple(found.values())
+
+
+def copies(structure: Any) -> Any:
+    """The structure with copies of its tensors: what is done to them later does not show."""
+    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, structure)
+
+
+def _written_to(module: nn.Module, inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, torch.Tensor):
+            yield "one of its inputs", leaf
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        yield f"'{name}'", tensor
+
+
+def generator_state(device: torch.device) -> bytes:
+    """The state of PyTorch's own generator of `device`."""
+    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return own.numpy().tobytes()
+
+
+def _generators(device: torch.device) -> tuple[Any, Any, Any]:
+    return generator_state(device), random.getstate(), str(_numpy_state())
+
+
+def _numpy_state() -> Any:
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy.random.get_state(legacy=False)
+
+
+@contextlib.contextmanager
+def _apart(cuda: list[torch.device]) -> Iterator[None]:
+    """A plain context without gradients, after which all generators of random numbers are as they were."""
+    own, other = random.getstate(), _numpy_state()
+    try:
+        with plain_context(), torch.no_grad(), torch.random.fork_rng(cuda, device_type="cuda"):
+            yield
+    finally:
+        random.setstate(own)
+        if other is not None:
+            import numpy
+
+            numpy.random.set_state(other)
+
+
+# -- what the model is run with --------------------------------------------------------------------------------------
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def _repeated(name: str, value: Any, samples: int, total: int, device: torch.device) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_meta or isinstance(value, FakeTensor):
+        raise CaptureError(
+            f"parts of the model run as they are, and to learn what they give, values are needed: field '{name}' of "
+            "the batch has only a shape"
+        )
+    value = value.detach().to(device)
+    if value.dim() > 0 and value.shape[0] == total:
+        return value[torch.arange(samples, device=device) % total]
+    return value
+
+
+def _real(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or _emptied(tensor):
+        value = made_up(tensor.shape, dtype, device, name)
+    else:
+        value = tensor.detach().to(device=device, dtype=dtype)
+    # Buffers may be written to, and the user's must stay.
+    return nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value.clone()
+
+
+def _emptied(tensor: torch.Tensor) -> bool:
+    """Whether another rank holds it: here it is one number, seen in every place."""
+    return tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
+
+
+def made_up(shape: torch.Size, dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:
+    """Numbers of the size that a fresh parameter has, the same at every call, which take next to no memory.
+
+    Rows are parts of one short row of noise, each a few entries further on.
+    """
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step = (step * 7 + size) % 4093 + 1
+    needed = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    generator = torch.Generator().manual_seed(needed % _NOISE)
+    noise = torch.randn(max(needed, 1), generator=generator)
+    if len(shape) < 2:
+        noise = 0.02 * noise + (1.0 if name.endswith("weight") else 0.0)
+    else:
+        noise /= math.sqrt(max(math.prod(shape[1:]), 1))
+    return noise.to(device=device, dtype=dtype).as_strided(shape, strides)

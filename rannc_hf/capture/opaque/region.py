@@ -1,0 +1,176 @@
+"""An opaque region: a part of a model that runs as it is, as one operation of the captured graph."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..errors import CaptureError
+from ..state import lent_state, tensor_of
+from .template import Template, tensors_in
+
+Kind = Literal["samples", "shared", "sum", "mean"]
+"""What a result is over the samples: each sample's own, the same for all of them, their sum, or their mean."""
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A call of a module inside of a region that is made before the region runs, and whose result it is given."""
+
+    path: str
+    """Of the module, from the region's own."""
+    result: Template
+
+
+@dataclass(frozen=True)
+class Region:
+    """A pure function of tensors: a module's forward with given inputs, parameters and buffers.
+
+    It runs the module's own code, under PyTorch's own autograd. Results of calls in `stubs` are given to it. The
+    tensors that it is called with are those of the inputs, of the stubs' results in order, and of `state`.
+    """
+
+    key: str
+    path: str
+    """Of the module in the model; empty for the model itself."""
+    module: nn.Module
+    """A copy without memory: parameters and buffers are on the meta device."""
+    inputs: Template
+    stubs: tuple[Stub, ...]
+    state: tuple[str, ...]
+    """Names in `module` of the parameters and buffers that it is given."""
+    outputs: Template
+    reason: str
+    """Why it cannot be captured."""
+    receives: tuple[bool, ...] = ()
+    """For each tensor that it is called with whether a gradient reaches it."""
+    conditional: tuple[bool, ...] = ()
+    """For each of them whether that depends on the values in the batch."""
+    differentiable: tuple[bool, ...] = ()
+    """For each result whether it has a gradient."""
+    kinds: tuple[Kind, ...] = ()
+    flops: float = 0.0
+    """Of matrix products and convolutions, forward, for a sample of the probe."""
+    saved: float = 0.0
+    """Bytes that autograd keeps for a sample of the probe, besides what the region is given."""
+    draws: bool = False
+    """Whether it draws random numbers: dropout."""
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
+    """Held while parameters are lent to `module`: ranks that are threads of one process share it."""
+
+    @property
+    def name(self) -> str:
+        """The module and its class, as a user knows them."""
+        own = type(self.module).__name__
+        return f"module '{self.path}' ({own})" if self.path else f"the forward of {own}"
+
+    def run(self, values: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor]:
+        """The results for `values`, which hold `samples` samples."""
+        device = values[0].device
+        start = self.inputs.tensors
+        args, kwargs = self.inputs.fill(values[:start], samples, device)
+        given: list[tuple[str, Any]] = []
+        for stub in self.stubs:
+            stop = start + stub.result.tensors
+            given.append((stub.path, stub.result.fill(values[start:stop], samples, device)))
+            start = stop
+        state = {id(tensor_of(self.module, name)): v for name, v in zip(self.state, values[start:], strict=True)}
+        lent = lent_state(self.module, lambda own, module, name: state.get(id(own), own))
+        with self.lock, lent, stubbed(self.module, given):
+            return tensors_in(self.module(*args, **kwargs))
+
+    def function(self, *arguments: Any) -> list[torch.Tensor]:
+        """What runs in the place of `operation.OPAQUE`, whose arguments it takes.
+
+        Raises:
+            RuntimeError: where a batch makes the region do something else than it did at capture.
+        """
+        values, _, samples, sizes, ranks, dtypes, _ = arguments
+        training = torch.is_grad_enabled()
+        values, watched = self._watched(values) if training else (values, [])
+        results = self.run(values, samples)
+        found = [n for value in results for n in value.shape]
+        kinds = ",".join(str(value.dtype).removeprefix("torch.") for value in results)
+        if found != list(sizes) or [v.dim() for v in results] != list(ranks) or kinds != dtypes:
+            raise RuntimeError(
+                f"{self.name}, which runs as it is, gave results of sizes {found} ({kinds}) for {samples} samples, and "
+                f"at capture {list(sizes)} ({dtypes}): what it gives depends on the values in the batch"
+            )
+        if watched:
+            self._check_unused(results, watched)
+        return results
+
+    def _watched(self, values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """`values`, those among them that no gradient reached at capture as leaves that would show if one did."""
+        made = list(values)
+        watched = []
+        for index, receives in enumerate(self.receives):
+            if not receives and made[index].is_floating_point():
+                made[index] = made[index].detach().requires_grad_()
+                watched.append(made[index])
+        return made, watched
+
+    def _check_unused(self, results: Sequence[torch.Tensor], watched: Sequence[torch.Tensor]) -> None:
+        leaves = {id(value) for value in watched}
+        stack = [v.grad_fn for v in results if v.grad_fn is not None]
+        seen = set(stack)
+        while stack:
+            step = stack.pop()
+            if id(getattr(step, "variable", None)) in leaves:
+                raise RuntimeError(
+                    f"{self.name}, which runs as it is, uses a parameter or an input for this batch that it did not "
+                    "use at capture, so that its gradient would be lost: begin with a batch that uses all of it"
+                )
+            for source, _ in step.next_functions:
+                if source is not None and source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+
+
+@contextlib.contextmanager
+def stubbed(module: nn.Module, given: Sequence[tuple[str, Any]]) -> Iterator[None]:
+    """Let calls of submodules of `module` return what is given, in order, without running."""
+    left: dict[str, list[Any]] = {}
+    for path, result in given:
+        left.setdefault(path, []).append(result)
+    replaced = []
+    for path, results in left.items():
+        child = module.get_submodule(path)
+        replaced.append((child, child.__dict__.get("forward")))
+        child.__dict__["forward"] = _returning(results)
+    try:
+        yield
+    finally:
+        for child, own in replaced:
+            if own is None:
+                del child.__dict__["forward"]
+            else:
+                child.__dict__["forward"] = own
+
+
+def _returning(results: Sequence[Any]) -> Any:
+    left = iter(results)
+    return lambda *args, **kwargs: next(left)
+
+
+def skeleton(model: nn.Module, module: nn.Module) -> nn.Module:
+    """A copy of `module`, a part of `model`, whose parameters and buffers have shapes and no memory.
+
+    Raises:
+        CaptureError: for a module that cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise CaptureError(f"a {type(module).__name__} cannot be copied: {error}") from error

@@ -1,0 +1,325 @@
+"""Check with numbers what the graph cannot show: that a region treats each sample for itself.
+
+The region runs on the samples of a probe together, and on parts of them: results, gradients of inputs and gradients of
+parameters must be the same. Dropout is left out of the comparison.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import CaptureError, NotSplittable, plain_reason
+from ..graph import ValueSpec
+from ..passes.per_sample import SAMPLES
+from .probe import generator_state
+from .region import Kind, Region
+from .stress import noise, stressed
+
+TOLERANCE = 1e-5
+"""Difference that counts as none, relative to the largest number; sums in float32 come in another order."""
+_LOW_TOLERANCE = 5e-2
+"""The same where a region only runs in half precision."""
+_DROPOUTS = {
+    f for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+    if (f := getattr(torch.nn.functional, name, None)) is not None
+}  # fmt: skip
+
+
+_WORDS = {"shared": "same", "sum": "sum of those of parts of them", "mean": "mean of those of parts of them"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Results of a region, and the gradients of its values that a fixed sum of the results has."""
+
+    results: list[torch.Tensor]
+    gradients: list[torch.Tensor | None]
+    differentiable: tuple[bool, ...]
+
+
+def verified(
+    region: Region,
+    values: Sequence[torch.Tensor],
+    inputs: Sequence[ValueSpec],
+    results: Sequence[ValueSpec],
+    total: int,
+) -> Region:
+    """`region` with what its numbers show: kinds of results, and where gradients go.
+
+    `values` hold `SAMPLES[1]` samples, `total` of which are different; `inputs` and `results` say where each value and
+    result has its samples.
+
+    Raises:
+        CaptureError: where samples influence each other, or gradients do not add up.
+    """
+    samples = SAMPLES[1]
+    values, tolerance = _precise(region, _distinct(values, inputs, total), samples)
+    check = _Check(region, values, inputs, results, tolerance, total)
+    made = check.run(samples)
+    for others in stressed(values, inputs):
+        _Check(region, others, inputs, results, tolerance, total).confirm(made.kinds, samples)
+    return made
+
+
+class _Check:
+    def __init__(
+        self,
+        region: Region,
+        values: Sequence[torch.Tensor],
+        inputs: Sequence[ValueSpec],
+        results: Sequence[ValueSpec],
+        tolerance: float,
+        total: int,
+    ) -> None:
+        self.region, self.values, self.inputs, self.results = region, values, inputs, results
+        self.tolerance, self.total = tolerance, total
+        self.width = max((s.dtype.itemsize for s in inputs if s.dtype.is_floating_point), default=4)
+        """Bytes of a number in training."""
+
+    def run(self, samples: int) -> Region:
+        bounds = [(i, i + 1) for i in range(samples)]
+        uneven = _uneven(samples)
+        forward = self.parts(uneven)
+        self.parts(bounds)
+        whole = _forward(self.region, self.values, samples)
+        kinds = tuple(self.kind(i, spec, whole[i], forward, uneven) for i, spec in enumerate(self.results))
+        if self.total < SAMPLES[0] and not {"sum", "mean"}.isdisjoint(kinds):
+            raise self.refuse(
+                f"adds up over samples, which {self.total} samples do not show: begin with a larger batch"
+            )
+        joint = self.differentiated(kinds, 0, samples, samples)
+        runs = [joint]
+        for parts in (bounds, uneven):
+            found = [self.differentiated(kinds, a, b, samples) for a, b in parts]
+            self.compare(joint, found, parts, kinds)
+            runs += found
+        reached = [[gradient is not None for gradient in run.gradients] for run in runs]
+        receives = _with_siblings(self.region, [any(each) for each in zip(*reached)])
+        partly = [own and not all(each) for own, each in zip(receives, zip(*reached))]
+        flops, saved = self.costs(samples)
+        return replace(
+            self.region,
+            flops=flops,
+            saved=saved,
+            kinds=kinds,
+            receives=tuple(receives),
+            conditional=tuple(_with_siblings(self.region, partly)),
+            differentiable=joint.differentiable,
+        )
+
+    def costs(self, samples: int) -> tuple[float, float]:
+        """FLOPs of a forward and bytes kept for a backward, a sample."""
+        leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in self.values]
+        given = {v.untyped_storage().data_ptr() for v in leaves}
+        kept: dict[int, float] = {}
+
+        def keep(value: torch.Tensor) -> torch.Tensor:
+            memory = value.untyped_storage()
+            if memory.data_ptr() not in given:
+                # The check runs in a wider dtype than training.
+                share = self.width / value.element_size() if value.is_floating_point() else 1.0
+                kept[memory.data_ptr()] = memory.nbytes() * share
+            return value
+
+        counter = FlopCounterMode(display=False)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), counter:
+            self.region.run(leaves, samples)
+        return counter.get_total_flops() / samples, sum(kept.values()) / samples
+
+    def confirm(self, kinds: Sequence[Kind], samples: int) -> None:
+        """Check that the results are of these kinds for these values too; those that it does not take say nothing."""
+        try:
+            whole = _forward(self.region, self.values, samples)
+        except Exception:
+            return
+        uneven = _uneven(samples)
+        parts = self.parts(uneven)
+        for index, (spec, kind) in enumerate(zip(self.results, kinds)):
+            found = [part[index] for part in parts]
+            if kind == "samples":
+                assert spec.batch_dim is not None
+                self.check_samples(whole[index], torch.cat(found, spec.batch_dim))
+            elif not self.is_kind(kind, whole[index], found, uneven):
+                raise self.refuse(f"gives a number for all samples together that is not always the {_WORDS[kind]}")
+
+    def parts(self, bounds: Sequence[tuple[int, int]]) -> list[list[torch.Tensor]]:
+        try:
+            return [_forward(self.region, self.part(self.values, self.inputs, a, b), b - a) for a, b in bounds]
+        except NotSplittable:
+            raise
+        except Exception as error:
+            raise self.refuse(f"does not run on a part of the batch ({plain_reason(error)})") from error
+
+    def check_samples(self, whole: torch.Tensor, joined: torch.Tensor) -> None:
+        if not self.same(whole, joined):
+            raise self.refuse("lets the samples of a batch influence each other")
+
+    def is_kind(
+        self, kind: Kind, whole: torch.Tensor, parts: Sequence[torch.Tensor], bounds: Sequence[tuple[int, int]]
+    ) -> bool:
+        """Whether a result without samples is of this kind, given those for parts of the samples."""
+        if kind == "shared":
+            return all(self.same(whole, part) for part in parts)
+        weights = [(b - a) / bounds[-1][1] if kind == "mean" else 1.0 for a, b in bounds]
+        added = sum((part * weight for part, weight in zip(parts, weights)), torch.zeros_like(whole))
+        return whole.is_floating_point() and self.same(whole, added)
+
+    def kind(
+        self,
+        index: int,
+        spec: ValueSpec,
+        whole: torch.Tensor,
+        parts: Sequence[Sequence[torch.Tensor]],
+        bounds: Sequence[tuple[int, int]],
+    ) -> Kind:
+        found = [part[index] for part in parts]
+        if spec.batch_dim is not None:
+            return "samples"
+        kinds: tuple[Kind, ...] = ("shared", "sum", "mean")
+        for kind in kinds:
+            if self.is_kind(kind, whole, found, bounds):
+                return kind
+        raise self.refuse("gives a number for all samples together that is neither a sum nor a mean over them")
+
+    def differentiated(self, kinds: Sequence[Kind], start: int, stop: int, total: int) -> Run:
+        """The run of samples `start` to `stop`, and gradients of its share of a sum over all samples."""
+        values = self.part(self.values, self.inputs, start, stop)
+        leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in values]
+        with torch.enable_grad(), _NoDropout():
+            results = self.region.run(leaves, stop - start)
+        roots, seeds = [], []
+        for result, spec, kind, index in zip(results, self.results, kinds, range(len(kinds))):
+            if result.requires_grad:
+                shape = spec.at(total) if spec.batch_dim is not None else tuple(result.shape)
+                seed = noise(shape, index).to(result)
+                if spec.batch_dim is not None:
+                    seed = seed.narrow(spec.batch_dim, start * spec.rows, (stop - start) * spec.rows)
+                share = 1.0 if kind in ("samples", "sum") else (stop - start) / total
+                roots.append(result)
+                seeds.append(seed * share)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(roots, wanted, seeds, allow_unused=True) if roots and wanted else [])
+        gradients = [next(found, None) if leaf.requires_grad else None for leaf in leaves]
+        return Run([r.detach() for r in results], gradients, tuple(r.requires_grad for r in results))
+
+    def compare(
+        self, whole: Run, parts: Sequence[Run], bounds: Sequence[tuple[int, int]], kinds: Sequence[Kind]
+    ) -> None:
+        for index, (spec, kind) in enumerate(zip(self.results, kinds)):
+            if kind == "samples":
+                assert spec.batch_dim is not None
+                self.check_samples(
+                    whole.results[index], torch.cat([part.results[index] for part in parts], spec.batch_dim)
+                )
+        largest = max([float(g.abs().max()) for g in whole.gradients if g is not None and g.numel()], default=0.0)
+        for index, (spec, gradient) in enumerate(zip(self.inputs, whole.gradients)):
+            found = [part.gradients[index] for part in parts]
+            given = [torch.zeros_like(v) if g is None else g for g, v in zip(found, self.pieces(index, bounds))]
+            joined = torch.cat(given, spec.batch_dim) if spec.batch_dim is not None else torch.stack(given).sum(0)
+            expected = torch.zeros_like(joined) if gradient is None else gradient
+            if not self.same(expected, joined, floor=largest):
+                raise self.refuse("has gradients that do not add up over the samples of a batch")
+
+    def pieces(self, index: int, bounds: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        spec = [self.inputs[index]]
+        return [self.part([self.values[index]], spec, a, b)[0] for a, b in bounds]
+
+    def part(
+        self, values: Sequence[torch.Tensor], specs: Sequence[ValueSpec], start: int, stop: int
+    ) -> list[torch.Tensor]:
+        return [
+            v if s.batch_dim is None else v.narrow(s.batch_dim, start * s.rows, (stop - start) * s.rows).contiguous()
+            for v, s in zip(values, specs)
+        ]
+
+    def same(self, a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> bool:
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if not a.is_floating_point():
+            return torch.equal(a, b)
+        if not torch.equal(a.isfinite(), b.isfinite()) or not torch.equal(a.isnan(), b.isnan()):
+            return False
+        a, b = a.nan_to_num(), b.nan_to_num()
+        scale = max(float(a.abs().max()) if a.numel() else 0.0, floor)
+        return not a.numel() or float((a - b).abs().max()) <= self.tolerance * scale
+
+    def refuse(self, what: str) -> CaptureError:
+        return CaptureError(f"{self.region.name} {what}", module=self.region.path)
+
+
+def _distinct(values: Sequence[torch.Tensor], specs: Sequence[ValueSpec], total: int) -> list[torch.Tensor]:
+    """`values`; where the probe saw the same few samples again and again, with activations that differ a little."""
+    if total >= SAMPLES[0]:
+        return list(values)
+    made = []
+    for index, (value, spec) in enumerate(zip(values, specs)):
+        if spec.batch_dim is not None and value.is_floating_point():
+            value = value * (1 + 0.05 * noise(value.shape, index)).to(value)
+        made.append(value)
+    return made
+
+
+def _with_siblings(region: Region, flags: Sequence[bool]) -> list[bool]:
+    """`flags` of values; where that of a parameter is set, those of others at the same place of other experts too."""
+    start = len(flags) - len(region.state)
+    found = {_pattern(name) for name, own in zip(region.state, flags[start:]) if own}
+    return [*flags[:start], *(_pattern(name) in found for name in region.state)]
+
+
+def _uneven(samples: int) -> list[tuple[int, int]]:
+    return [(0, 1), (1, SAMPLES[0]), (SAMPLES[0], samples)]
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _precise(region: Region, values: Sequence[torch.Tensor], samples: int) -> tuple[Sequence[torch.Tensor], float]:
+    """The values in the most precise dtype that the region runs in, and what counts as equal in it."""
+    for dtype, tolerance in ((torch.float64, TOLERANCE), (torch.float32, TOLERANCE), (None, _LOW_TOLERANCE)):
+        made = [v.to(dtype) if dtype is not None and v.is_floating_point() else v for v in values]
+        try:
+            _forward(region, made, samples)
+        except NotSplittable:
+            raise
+        except Exception as error:
+            failure = error
+        else:
+            return made, tolerance
+    raise CaptureError(
+        f"{region.name} does not run by itself: {plain_reason(failure)}", module=region.path
+    ) from failure
+
+
+def _forward(region: Region, values: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor]:
+    device = values[0].device
+    before = generator_state(device)
+    with torch.no_grad(), _NoDropout():
+        results = region.run(values, samples)
+    if generator_state(device) != before:
+        raise NotSplittable(
+            f"{region.name} cannot be captured, and cannot run as it is: it draws random numbers other than dropout's, "
+            "and for a split batch it would draw them once for each part; turn that off in the model's config "
+            "(layerdrop=0, mask_time_prob=0, ...)"
+        )
+    return results
+
+
+class _NoDropout(TorchFunctionMode):
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _DROPOUTS or func is torch.dropout:
+            return args[0] if args else kwargs["input"]
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)

@@ -1,0 +1,147 @@
+"""Parts of a model that cannot be captured run as they are, in a pipeline, with the gradients of plain training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rannc_hf.capture import capture
+from rannc_hf.capture.serialize import save_graph
+from rannc_hf.cost.analytic import block_cost
+from rannc_hf.cost.devices import device
+from rannc_hf.cost.measure import measured_costs
+from tests.parity.harness import check
+
+WIDTH, LENGTH, WORDS = 8, 6, 20
+
+
+class Experts(nn.Module):
+    """Picks an expert for each token by its number; gives a second result, and never uses a part of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.unused = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = self.gate(x)
+        chosen = scores.argmax(-1)
+        out = torch.zeros_like(x)
+        for i in chosen.unique().tolist():
+            mask = chosen == i
+            out[mask] = self.experts[i](x[mask]) * scores.softmax(-1)[..., i][mask].unsqueeze(-1) * scale
+        return x + out, chosen
+
+
+class Longest(nn.Module):
+    """Runs a recurrent layer over the steps that a sample has, with dropout."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.cell, self.dropout = nn.GRU(WIDTH, WIDTH, batch_first=True), nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for sample, length in zip(x, lengths.tolist()):
+            made, _ = self.cell(self.dropout(sample[:length].unsqueeze(0)))
+            rows.append(functional.pad(made[0], (0, 0, 0, x.shape[1] - length)))
+        return torch.stack(rows)
+
+
+class Cube(torch.autograd.Function):
+    """Its backward is not that of its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * 2 * x
+
+
+class Cubed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Cube.apply(self.dense(x).tanh())
+
+
+class Layer(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.inner: Any = {"experts": Experts, "recurrent": Longest, "function": Cubed}[kind]()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        if self.kind == "experts":
+            return x + self.inner(y, scale=2.0)[0]
+        return x + (self.inner(y, lengths) if self.kind == "recurrent" else self.inner(y))
+
+
+class Net(nn.Module):
+    def __init__(self, *kinds: str) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.ModuleList(Layer(kind) for kind in kinds)
+        self.head = nn.Linear(WIDTH, WORDS)
+
+    def forward(self, ids: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x, lengths)
+        logits = self.head(x)
+        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+
+def net(*kinds: str) -> Net:
+    torch.manual_seed(0)
+    return Net(*kinds).double().train()
+
+
+def batch_of(samples: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids, labels = (torch.randint(WORDS, (samples, LENGTH), generator=generator) for _ in range(2))
+    lengths = torch.arange(samples) % LENGTH + 1
+    labels[0, 2:] = -100
+    return {"ids": ids, "lengths": lengths, "labels": labels}
+
+
+@pytest.mark.parametrize("kind", ["experts", "recurrent", "function"])
+@pytest.mark.parametrize(("replicas", "recompute"), [((1, 1), "none"), ((2, 1), "blocks"), ((1, 1, 1, 1), "blocks")])
+def test_gradients_are_those_of_plain_training(kind: str, replicas: tuple[int, ...], recompute: str):
+    check(net(*[kind] * 4), batch_of(9), replicas, microbatches=3, recompute=recompute, steps=2)
+
+
+def test_costs_count_what_runs_inside():
+    graph = capture(net("experts", "recurrent"), batch_of(4))
+    region = graph.opaque["layers.0.inner#0"]
+    assert region.flops >= 2 * LENGTH * WIDTH * WIDTH and region.saved > LENGTH * WIDTH * 8
+    described = device("cpu")
+    block = next(b for b in graph.blocks if graph.runs_as_written(b))
+    assert block_cost(graph, block, described, 4).forward_us > 0
+    measured = measured_costs(graph, described, torch.device("cpu"), [2], recompute=False)
+    assert all(len(points) == 1 for points in measured.points.values())
+
+
+def test_graphs_with_code_are_not_kept_on_disk(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"layers.0.inner.*no place in a file"):
+        save_graph(capture(net("function"), batch_of(4)), tmp_path / "graph", {})
+
+
+def test_the_innermost_module_runs_as_it_is_and_those_like_it():
+    graph = capture(net("experts", "function", "experts", "recurrent"), batch_of(4))
+    assert set(graph.opaque) == {f"layers.{i}.inner#0" for i in range(4)}
+    assert "for i in chosen.unique().tolist()" in graph.opaque["layers.0.inner#0"].reason
