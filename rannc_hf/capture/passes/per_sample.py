@@ -15,7 +15,7 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_aggregate
 
-from ..errors import CaptureError, where
+from ..errors import CaptureError, module_path, where
 from ..graph import ValueSpec
 
 SAMPLES = (3, 8)
@@ -50,7 +50,9 @@ def merge(
         _check_static(node)
     for a, b in zip(first, second):
         if a.op != b.op or (a.op == "call_function" and str(a.target) != str(b.target)):
-            raise CaptureError(f"the operations of {where(a)} depend on the number of samples ({a.target}, {b.target})")
+            raise CaptureError(
+                f"the operations of {where(a)} depend on the number of samples ({a.target}, {b.target})", module_path(a)
+            )
     if len(first) != len(second):
         raise CaptureError(f"the number of operations depends on the number of samples ({len(first)}, {len(second)})")
     same = dict(zip(first, second))
@@ -87,12 +89,14 @@ def _check_static(node: fx.Node) -> None:
     if any(isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)) for v in values):
         raise CaptureError(
             f"{node.target} in {where(node)} reads a number out of a tensor: keep it a tensor, or compute it from the "
-            "batch in the data collator and pass it as a field"
+            "batch in the data collator and pass it as a field",
+            module_path(node),
         )
     if any(isinstance(v, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in v.shape) for v in values):
         raise CaptureError(
             f"the size of the result of {node.target} in {where(node)} depends on the values in the batch: use "
-            "torch.where or a multiplication with the mask in the place of indexing with it"
+            "torch.where or a multiplication with the mask in the place of indexing with it",
+            module_path(node),
         )
 
 
