@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-_LIBRARY = torch.library.Library("rannc_hf", "FRAGMENT")
+_LIBRARY = torch.library.Library("rannc", "FRAGMENT")
 _LIBRARY.define(
     "opaque(Tensor[] values, str region, int samples, int[] sizes, int[] ranks, str dtypes, bool draws) -> Tensor[]",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
-OPAQUE: Any = torch.ops.rannc_hf.opaque.default
+OPAQUE: Any = torch.ops.rannc.opaque.default
 """`region` is the key of the region in `Graph.opaque`; `sizes` are those of all results, `ranks` of which have as many
 dimensions each; `draws` says whether the region draws random numbers."""
 
@@ -74,5 +74,5 @@ def _no_backward(ctx: Any, gradients: Any) -> Any:
     raise AssertionError("the operation is replaced by its region before it runs")
 
 
-torch.library.register_fake("rannc_hf::opaque", _fake, lib=_LIBRARY)
-torch.library.register_autograd("rannc_hf::opaque", _no_backward, setup_context=_no_context, lib=_LIBRARY)
+torch.library.register_fake("rannc::opaque", _fake, lib=_LIBRARY)
+torch.library.register_autograd("rannc::opaque", _no_backward, setup_context=_no_context, lib=_LIBRARY)

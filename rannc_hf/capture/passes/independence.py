@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ..errors import CaptureError, where
+from ..errors import CaptureError, module_path, where
 from .batch_norm import slice_statistics
 from .order import check_order
 from .per_sample import batched, spec
@@ -47,7 +47,8 @@ def _check_known(node: fx.Node) -> None:
         return
     raise CaptureError(
         f"{node.target} in {where(node)} is an operation of a library that rannc does not know, which may let the "
-        "samples of a batch influence each other: use an implementation made of PyTorch's own operations"
+        "samples of a batch influence each other: use an implementation made of PyTorch's own operations",
+        module_path(node),
     )
 
 
