@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,8 +78,10 @@ class Watch:
             if own is module:
                 break
         self._done[-1].append(module)
-        if vars(module) is vars(self._model) and module.training:
-            self._follow(output)
+        if vars(module) is vars(self._model):
+            register_outputs(output)
+            if module.training:
+                self._follow(output)
 
     def _follow(self, output: Any) -> None:
         """Read off autograd's own graph what the exported one will be compared with."""
@@ -147,6 +150,15 @@ def _noted_functions(note: Callable[[type], None]) -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+
+
+def register_outputs(output: Any) -> None:
+    """Tell PyTorch of dataclasses among a model's outputs: it looks for tensors only in types that it knows."""
+    for leaf in pytree.tree_leaves(output):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            torch.export.register_dataclass(type(leaf))
+            register_outputs(output)
+            return
 
 
 def find_loss(outputs: Any) -> Any:

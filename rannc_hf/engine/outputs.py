@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -41,12 +41,37 @@ class _LossOnly(dict[str, Any]):
 
 
 class _LossAlone(tuple[Any, ...]):
-    """A tuple with the loss, for models that return tuples."""
+    """A tuple with the loss first, for models that return tuples: ``loss, logits = model(**batch)`` works."""
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, int) and not -1 <= index < 1:
+        found = super().__getitem__(index) if not isinstance(index, int) or -len(self) <= index < len(self) else None
+        if found is None or isinstance(found, _Missing):
             raise IndexError(_not_returned(f"output {index}"))
-        return super().__getitem__(index)
+        return found
+
+
+class _Missing:
+    """Stands for an output that is not returned, and says so when it is used."""
+
+    def __init__(self, what: str) -> None:
+        self.__dict__["_what"] = what
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(_not_returned(self._what))
+
+    def __repr__(self) -> str:
+        return f"<{_not_returned(self._what)}>"
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(_not_returned(self._what))
+
+    __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = __matmul__ = __lt__ = __gt__ = __array__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        (missing, *_) = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, _Missing)]
+        missing._refuse()
 
 
 def _not_returned(what: str) -> str:
@@ -65,8 +90,11 @@ def training_output(graph: Graph, loss: torch.Tensor) -> Any:
         return TrainingOutput(loss=loss)
     if isinstance(placeholder, Mapping):
         return _LossOnly(loss=loss)
+    if is_dataclass(placeholder) or hasattr(placeholder, "_fields"):
+        leaves = [loss if path is not None else _Missing("this output") for path in graph.output_leaves]
+        return pytree.tree_unflatten(leaves, graph.output_spec)
     if isinstance(placeholder, (tuple, list)):
-        return _LossAlone((loss,))
+        return _LossAlone((loss, *(_Missing(f"output {i}") for i in range(1, len(placeholder)))))
     return loss
 
 

@@ -80,7 +80,9 @@ def loss_of(outputs: Any) -> torch.Tensor:
     """The loss among a model's outputs."""
     if isinstance(outputs, torch.Tensor):
         return outputs
-    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs["loss"]
+    if isinstance(outputs, (tuple, list)):
+        return outputs[0]
+    return outputs["loss"] if isinstance(outputs, Mapping) else outputs.loss
 
 
 def difference(a: torch.Tensor, b: torch.Tensor, floor: float) -> float:

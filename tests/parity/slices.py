@@ -39,10 +39,10 @@ class SlicedBatchNorm(nn.Module):
 
     def __init__(self, norm: Any, replicas: int) -> None:
         super().__init__()
-        self.norm, self.replicas = norm, replicas
+        self.sliced, self.replicas = norm, replicas
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        norm = self.norm
+        norm = self.sliced
         if not self.training:
             return norm(x)
         made = []
@@ -89,7 +89,7 @@ def plain(
 
 
 def _plain(name: str) -> str:
-    return name.replace(".norm.", ".").removeprefix("norm.") if ".norm." in name else name
+    return name.replace(".sliced.", ".").removeprefix("sliced.") if ".sliced." in name else name
 
 
 def norms_of(model: nn.Module) -> list[str]:
