@@ -8,12 +8,15 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.amp.autocast_mode import autocast
 
 from .errors import CaptureError
+
+_TORCH = f"{Path(torch.__file__).resolve().parent}/"
 
 
 @contextlib.contextmanager
@@ -93,3 +96,23 @@ def no_autocast() -> Iterator[None]:
         yield
     finally:
         autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def told_grad_mode(enabled: bool) -> Iterator[None]:
+    """Let the model's code find gradients `enabled`, as `torch.is_grad_enabled()` tells.
+
+    PyTorch's own code keeps finding what is true: without gradients its transformer layers would take a path of their
+    own, which cannot be captured.
+    """
+    truth, thread = torch.is_grad_enabled, threading.get_ident()
+
+    def told() -> bool:
+        caller = sys._getframe(1).f_code.co_filename
+        return truth() if threading.get_ident() != thread or caller.startswith(_TORCH) else enabled and truth()
+
+    torch.is_grad_enabled = told
+    try:
+        yield
+    finally:
+        torch.is_grad_enabled = truth

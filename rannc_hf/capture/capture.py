@@ -13,6 +13,7 @@ import torch.fx as fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .ambient import told_grad_mode
 from .blocks import make_blocks
 from .errors import CaptureError
 from .experts import graph_friendly_experts, told_of_router_losses
@@ -54,7 +55,7 @@ def capture(
         model: any module. It is left as it was: parameters, buffers, modes and attributes.
         batch: arguments of `forward` by name; tensors have the samples in dimension 0. Nones are left out.
         dtype: dtype of the floating parameters in the graph; None for their own.
-        training: the mode to capture the model in.
+        training: the mode to capture the model in. In evaluation `torch.is_grad_enabled()` is what it is at this call.
         loss: of a training graph: "fused", the model's own; "split", computed outside; "auto", the model's own where it
             returns one.
 
@@ -64,7 +65,8 @@ def capture(
     """
     inputs = _arguments(model, batch)
     total = batch_size(inputs)
-    with preserved(model), graph_friendly_experts(model), told_of_router_losses():
+    grad_mode = told_grad_mode(training or torch.is_grad_enabled())
+    with preserved(model), grad_mode, graph_friendly_experts(model), told_of_router_losses():
         # Modules that the user has set apart (a frozen part in eval mode) keep their own mode.
         if model.training != training:
             model.train(training)

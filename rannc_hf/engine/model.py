@@ -226,7 +226,7 @@ class RanncModel(nn.Module):
         self._whole.partitioned(self.store)
         self.optimizers.partition(set(self.store.owned))
         self.plan, self.graph = plan, graph
-        self._planned_key = (True, describe_shapes(batch))
+        self._planned_key = (True, True, describe_shapes(batch))
         while self._at_partition:
             self._at_partition.pop(next(iter(self._at_partition)))()
         if self.transport.rank == 0:
@@ -241,7 +241,7 @@ class RanncModel(nn.Module):
         return find_plan_here(graph, self.config, batch, self.device, self.transport.world_size)
 
     def _runtime(self, batch: GlobalBatch) -> Runtime:
-        key = (self.training, describe_shapes(batch))
+        key = (self.training, self.training or torch.is_grad_enabled(), describe_shapes(batch))
         if key not in self._runtimes:
             assert self.plan is not None and self.graph is not None and self.store is not None
             planned = key == self._planned_key
