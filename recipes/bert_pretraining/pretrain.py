@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -105,10 +106,15 @@ def train_phase(run: Run, phase: Recipe, data: Path, done: int) -> None:
     # A loader starts with a random number. Taken from the global generator, it would put a run that goes on in the
     # middle of a phase one number ahead, and with it all dropout.
     batches.generator = torch.Generator()
+    stream = iter(batches)
+    first = next(stream)
+    if (partition := getattr(model, "partition", None)) is not None:
+        # An engine that plans for the batch it sees first should not see that of an evaluation, which may be smaller.
+        partition(**send_to_device(first, accelerator.device))
     if done == 0:
         run.guard.begin_phase()
         run.progress.held_out(run.step, evaluate(accelerator, model, held_out))
-    for own_step, batch in zip(range(done + 1, settings.steps + 1), batches):
+    for own_step, batch in zip(range(done + 1, settings.steps + 1), chain([first], stream)):
         train_step(run, phase, own_step, batch)
         if own_step % settings.evaluate_every == 0 or own_step == settings.steps:
             run.progress.held_out(run.step, evaluate(accelerator, model, held_out))
