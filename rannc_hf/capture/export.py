@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from .ambient import no_autocast, plain_context, quiet_export
+from .chances import Chances
 from .errors import CaptureError
 from .opaque.prepare import Regions
 from .state import fake_state
@@ -67,7 +68,7 @@ def export_step(
                 for name, value in batch.items()
             }
         try:
-            with fake_state(model, fake_mode, dtype), no_autocast(), watch:
+            with fake_state(model, fake_mode, dtype), no_autocast(), watch, Chances():
                 if regions is not None:
                     regions.install(model, samples)
                 with quiet_export():
