@@ -47,7 +47,7 @@ def own_tensors(model: RanncModel, names: ModelNames, *, writing: bool) -> dict[
     if model.store is None and writing and model.transport.rank != 0:
         return {}
     state = whole_state(model.module)
-    # Buffers are equal on all ranks: those that a training step would change are refused at the capture.
+    # Buffers are equal on all ranks: what a training step changes in them is exchanged.
     common = [] if writing and model.transport.rank != 0 else sorted(names.buffers)
     if model.store is None:
         return {key: state[key] for key in names.stored}

@@ -86,13 +86,16 @@ def save_into(staging: Staging, model: RanncModel, name: str = "model", weights:
 
 
 def chosen(model: RanncModel, weights: Weights) -> ModelNames:
-    """The names of the weights that a checkpoint has."""
+    """The names of the weights that a checkpoint has; with those that are trained come buffers, which training may
+    change too."""
     names = names_of(model)
     if weights == "all":
         return names
-    kept = {n for n, p in model.module.named_parameters() if p.requires_grad} if weights == "trainable" else set()
+    if weights == "none":
+        return ModelNames({}, {}, frozenset())
+    kept = names.buffers | {name for name, parameter in model.module.named_parameters() if parameter.requires_grad}
     stored = {name: shape for name, shape in names.stored.items() if name in kept}
-    return ModelNames(stored, {a: n for a, n in names.aliases.items() if n in kept}, frozenset())
+    return ModelNames(stored, {a: n for a, n in names.aliases.items() if n in kept}, names.buffers)
 
 
 def config_folder(name: str) -> str:

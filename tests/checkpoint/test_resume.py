@@ -69,6 +69,20 @@ def test_dropout_goes_on_bit_by_bit(tmp_path: Path):
     assert Stage((2, 1), 4).train(Tiny(dropout=0.3), batches())[0] != Stage((2, 1), 4).train(Tiny(), batches())[0]
 
 
+class Normed(Tiny):
+    """Training updates the running statistics of its batch normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0] = nn.Sequential(nn.Linear(8, 8), nn.Flatten(0, 1), nn.BatchNorm1d(8), nn.Unflatten(0, (-1, 6)))
+        self.double()
+
+
+def test_running_statistics_go_on(tmp_path: Path):
+    torch.manual_seed(0)
+    assert resumed(Normed(), batches(), tmp_path, *(Stage((1, 1), steps) for steps in (2, 2, 4))) == 0.0
+
+
 def test_before_the_first_batch_rank_0_counts(tmp_path: Path):
     def body(transport: Transport) -> torch.optim.Optimizer:
         module = Tiny()
