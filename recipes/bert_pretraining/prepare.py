@@ -37,7 +37,7 @@ from shards import Corpus, ShardWriter, check_sizes, read_counts, shard_path, wr
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BATCH_CHARACTERS = 1 << 20
+_BATCH_CHARACTERS = 1 << 18
 FORMAT = 1
 
 

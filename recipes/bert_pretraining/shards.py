@@ -35,7 +35,7 @@ ENDS = np.dtype("<u4")
 DOCUMENT = np.dtype([("sentence", "<u4"), ("token", "<u4"), ("digest", "<u8")])
 DUPLICATE = np.dtype([("shard", "<u4"), ("document", "<u4")])
 _ARRAYS = ("tokens", "sentences", "documents")
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +61,15 @@ class ArrayFile:
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self._file = path.open("wb")
         self._dtype = dtype
-        self._buffer: list[np.ndarray] = []
-        self._buffered = 0
+        self._buffer = bytearray()
         self.length = 0
         self._file.write(self._header())
 
     def append(self, values: np.ndarray) -> None:
         """Adds `values` [N] at the end."""
-        self._buffer.append(values)
-        self._buffered += values.nbytes
+        self._buffer += np.ascontiguousarray(values, self._dtype).tobytes()
         self.length += len(values)
-        if self._buffered >= _CHUNK_BYTES:
+        if len(self._buffer) >= _CHUNK_BYTES:
             self._flush()
 
     def close(self) -> None:
@@ -84,9 +82,8 @@ class ArrayFile:
         self._file.close()
 
     def _flush(self) -> None:
-        for values in self._buffer:
-            self._file.write(np.ascontiguousarray(values, self._dtype).tobytes())
-        self._buffer, self._buffered = [], 0
+        self._file.write(self._buffer)
+        self._buffer.clear()
 
     def _header(self) -> bytes:
         header = io.BytesIO()

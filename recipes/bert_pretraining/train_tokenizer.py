@@ -33,6 +33,7 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+_INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
 _MOST_REPEATS = 1000
 
 
@@ -81,7 +82,7 @@ def _bert_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=sequence_length,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_input_names=_INPUTS,
         **SPECIAL_TOKENS,
     )
 
@@ -100,6 +101,7 @@ def _japanese_tokenizer(
             word_tokenizer_type="mecab",
             mecab_kwargs={"mecab_dic": "unidic_lite"},
             model_max_length=sequence_length,
+            model_input_names=_INPUTS,
             **SPECIAL_TOKENS,
         )
 
@@ -184,7 +186,8 @@ def main() -> None:
     args = parser.parse_args()
     recipe = Recipe.load(args.config)
     words = count_sources(find_pieces(args.source, args.text_column), recipe.tokenizer, args.workers)
-    tokenizer = build_tokenizer(words, recipe.tokenizer, recipe.data.sequence_length)
+    longest = max(phase.data.sequence_length for phase in recipe.phases())
+    tokenizer = build_tokenizer(words, recipe.tokenizer, longest)
     tokenizer.save_pretrained(args.output)
     print(f"{args.output}: a WordPiece tokenizer of {len(tokenizer):,} tokens, from {words.total():,} words")
 

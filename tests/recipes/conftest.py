@@ -24,6 +24,11 @@ TINY_MODEL = {
 
 
 @pytest.fixture(scope="session")
+def recipe_folder():
+    return RECIPE
+
+
+@pytest.fixture(scope="session")
 def recipe():
     from settings import DataSettings, Recipe, TokenizerSettings, TrainingSettings
 
