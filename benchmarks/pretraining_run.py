@@ -76,6 +76,9 @@ class Attempt:
     resumed_at: int
     """Step of the checkpoint that it began with; 0 for none."""
 
+    problem: str | None
+    """Why it is no success, with the end of what it printed."""
+
 
 class Training:
     """The run: its command, its folder, and what it has logged."""
@@ -98,28 +101,28 @@ class Training:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def attempt(self, kill_at: int | None) -> Attempt:
-        """Starts the run and waits for its end, which is soon after it has logged step `kill_at`.
-
-        Raises RuntimeError, with the end of what it printed, where it fails or is not done in time.
-        """
+        """Starts the run and waits for its end, which is soon after it has logged step `kill_at`."""
         paths = os.environ.get("PYTHONPATH")
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{paths}" if paths else str(ROOT)}
         started, resumed_at = time.monotonic(), self._checkpoint()
         with self._log.open("w") as log:
             process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            killed = False
+            killed, problem = False, None
             while process.poll() is None:
                 late = time.monotonic() > self._deadline
                 reached = kill_at is not None and any("loss" in v and v["step"] >= kill_at for v in self.lines())
                 if late or reached:
                     kill(process)
-                    if late:
-                        raise RuntimeError(f"not done in time; it printed\n{self._tail()}")
                     killed = True
+                    problem = "it was not done in time" if late else None
                 time.sleep(_POLL_S)
         if process.returncode and not killed:
-            raise RuntimeError(f"the run ended with status {process.returncode}; it printed\n{self._tail()}")
-        return Attempt(time.monotonic() - started, killed, self.lines(), resumed_at)
+            problem = f"it ended with status {process.returncode}"
+        if kill_at is not None and not killed and problem is None:
+            problem = f"it ended before it had logged step {kill_at}"
+        if problem is not None:
+            problem = f"{problem}; it printed\n{self._tail()}"
+        return Attempt(time.monotonic() - started, killed, self.lines(), resumed_at, problem)
 
     def _checkpoint(self) -> int:
         found = sorted((self.output / "checkpoints").glob("step_*.json"))
@@ -151,6 +154,9 @@ def changed(options: argparse.Namespace, folder: Path) -> Path:
         training = content["training"]
         last = {**(training.get("phases") or [{}])[-1], "steps": options.steps, "warmup_steps": 0}
         training |= {"phases": [last], "log_every": 1, "checkpoint_every": 0}
+    if options.synthetic:
+        # Of few documents.
+        content["data"]["held_out"] = 0.1
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -173,13 +179,11 @@ def main(words: Sequence[str] | None = None) -> int:
         print(shlex.join(training.command), flush=True)
         # After a few steps nothing is worth saving: the last one is the end.
         attempts = [training.attempt(options.steps if options.kill_at is None else options.kill_at)]
-        if options.kill_at is not None:
-            if not attempts[0].killed:
-                raise RuntimeError(f"the run ended before it had logged step {options.kill_at}")
+        if options.kill_at is not None and attempts[0].problem is None:
             print(f"killed after {attempts[0].seconds:.0f} s; started again", flush=True)
             attempts.append(training.attempt(None))
-    page.write(options, [word.replace(f"{ROOT}/", "") for word in ("python", *training.command[1:])], attempts)
-    return 0
+        command = [word.replace(f"{ROOT}/", "") for word in ("python", *training.command[1:])]
+        return 0 if page.write(options, command, attempts) else 1
 
 
 if __name__ == "__main__":

@@ -17,17 +17,22 @@ from curves.picture import draw
 Line = Mapping[str, Any]
 
 
-def write(options: argparse.Namespace, command: Sequence[str], attempts: Sequence[Any]) -> None:
-    """NAME.json, NAME.md and, for a run of many steps, NAME.svg."""
+def write(options: argparse.Namespace, command: Sequence[str], attempts: Sequence[Any]) -> bool:
+    """NAME.json, NAME.md and, for a run of many steps, NAME.svg; whether the run was a success."""
     lines: list[Line] = attempts[-1].lines
+    problem = attempts[-1].problem
     content: dict[str, Any] = {
         **versions(),
         "device": device_name(options.device),
         "devices": options.devices,
-        "run": " ".join(command),
+        "run": shlex.join(command),
         "config": json.loads(Path(options.config).read_text(encoding="utf-8")),
         "synthetic": options.synthetic,
-        "attempts": [{"seconds": a.seconds, "killed": a.killed, "last_step": a.lines[-1]["step"]} for a in attempts],
+        "problem": problem,
+        "attempts": [
+            {"seconds": a.seconds, "killed": a.killed, "last_step": a.lines[-1]["step"] if a.lines else 0}
+            for a in attempts
+        ],
         "phases": summaries(lines),
         "repeated": repeated(attempts) if len(attempts) > 1 else None,
         "lines": lines,
@@ -42,6 +47,9 @@ def write(options: argparse.Namespace, command: Sequence[str], attempts: Sequenc
     page = "\n".join(_page(output, content, pictured)) + "\n"
     Path(f"{output}.md").write_text(page, encoding="utf-8")
     print(page)
+    if problem is not None:
+        print(problem)
+    return problem is None
 
 
 def spread(lines: Sequence[Line]) -> list[float]:
@@ -67,7 +75,8 @@ def summaries(lines: Sequence[Line]) -> list[dict[str, Any]]:
             summary[name] = statistics.median(values) if values else None
         for name in ("predicted_over_measured", "peak_memory_gib", "predicted_memory_gib"):
             summary[name] = next((v["engine"][name] for v in reversed(steps) if name in v.get("engine", {})), None)
-        for when, line in (("first", held_out[0]), ("last", held_out[-1])) if held_out else ():
+        # One alone is that before the first step.
+        for when, line in zip(("first", "last"), (*held_out[:1], *held_out[1:][-1:])):
             for name in ("held_out_loss", "held_out_token_accuracy"):
                 summary[f"{when}_{name}"] = line[name]
         result.append(summary)
@@ -98,15 +107,19 @@ def _page(output: Path, content: Mapping[str, Any], pictured: bool) -> Iterator[
     yield f"`{content['command']}` on {count}{content['device']}, torch {content['torch']}, transformers"
     yield f"{content['transformers']}. Started as"
     yield ""
-    yield f"    {shlex.join(shlex.split(content['run']))}"
+    yield f"    {content['run']}"
     yield ""
+    if content["problem"] is not None:
+        yield f"**No success:** {content['problem'].splitlines()[0]}."
+        yield ""
     if content["synthetic"]:
         yield "Trained on random tokens: losses mean nothing here."
         yield ""
     yield from _table(content["phases"])
     yield ""
     for number, attempt in enumerate(content["attempts"], start=1):
-        end = "killed by SIGKILL" if attempt["killed"] else "ended by itself"
+        last = number == len(content["attempts"])
+        end = ("stopped there" if last else "killed by SIGKILL") if attempt["killed"] else "ended by itself"
         yield f"- start {number}: {attempt['seconds']:.0f} s with imports and compiling, {end}, last logged step"
         yield f"  {attempt['last_step']}"
     if (again := content["repeated"]) is not None:
