@@ -6,7 +6,6 @@ replica's are everybody's, as DistributedDataParallel makes rank 0's before a fo
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,11 +15,8 @@ from rannc_hf.capture.errors import module_path
 from rannc_hf.capture.graph import Graph
 from rannc_hf.capture.passes.batch_norm import slice_statistics
 from rannc_hf.engine.program import Program
-from rannc_hf.engine.routes import microbatch_sizes
 from rannc_hf.engine.transport import Transport
 from rannc_hf.partition.plan import Plan
-
-logger = logging.getLogger(__name__)
 
 
 class UpdatedBuffers:
@@ -37,7 +33,7 @@ class UpdatedBuffers:
             for placeholder in stage.updates
         ]
         """Placeholder, name and the rank whose value counts; in one order on all ranks."""
-        self._statistics = _statistics(program.graph) if program.graph.training else {}
+        self._statistics = statistics_of(program.graph) if program.graph.training else {}
         by_node = {node: stage.index for stage in program.stages for block in stage.blocks for node in block.nodes}
         self._stage_of = {node: by_node[node] for node in self._statistics}
 
@@ -82,29 +78,7 @@ class UpdatedBuffers:
                 )
 
 
-def announce(graph: Graph, plan: Plan, ranks: int) -> None:
-    """Log once how batch normalisation and other updated buffers behave."""
-    statistics = _statistics(graph)
-    most = max(stage.replicas for stage in plan.stages)
-    if statistics:
-        sizes = microbatch_sizes(plan.batch_size, plan.batch_size, plan.microbatches, most)
-        found = sorted({size // s.replicas for size in (sizes[0], sizes[-1]) for s in plan.stages})
-        samples = f"{found[0]} to {found[-1]}" if len(found) > 1 else f"{found[0]}"
-        logger.warning(
-            "rannc: %d batch normalisation layers in training mode take their statistics over slices of %s samples (a "
-            "batch of %d in %d microbatches, over the replicas of a stage); under DistributedDataParallel it would be "
-            "over a process's batch, of %d. Running statistics are those of each stage's first replica",
-            len(statistics), samples, plan.batch_size, plan.microbatches, -(-plan.batch_size // ranks),
-        )  # fmt: skip
-    elif graph.updates and most > 1:
-        logger.warning(
-            "rannc: training updates %d buffers (%s, ...): replicas update their own, from their own samples, and "
-            "after each step the first replica's are kept, as rank 0's under DistributedDataParallel",
-            len(graph.updates), next(iter(graph.buffer_inputs[p] for p in graph.updates)),
-        )  # fmt: skip
-
-
-def _statistics(graph: Graph) -> dict[str, tuple[int, str]]:
+def statistics_of(graph: Graph) -> dict[str, tuple[int, str]]:
     """Batch norms by node: values a sample gives to a channel, and what to call them."""
     return {
         node.name: (values, f"batch normalisation '{module_path(node)}'")

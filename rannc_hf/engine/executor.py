@@ -139,7 +139,7 @@ class Executor:
         for name, part in _arrived(step, instruction.slot):
             sum_ = gradients.get(name)
             gradients[name] = part if sum_ is None else sum_ + part
-        if stage == self._loss_stage:
+        if stage == self._loss_stage and index in step.losses:
             assert self._loss is not None
             loss = step.losses[index]
             gradients[self._loss] = torch.ones_like(loss) if step.scale is None else step.scale.to(loss.dtype)

@@ -17,10 +17,10 @@ from rannc_hf.capture.export import bind_arguments
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import state
 from rannc_hf.engine.batch import Gatherer, GlobalBatch
-from rannc_hf.engine.buffers import announce
 from rannc_hf.engine.deferred import refuse_unknown
 from rannc_hf.engine.lengths import Lengths
 from rannc_hf.engine.meter import Meter
+from rannc_hf.engine.notices import announce, captured
 from rannc_hf.engine.optimizer import OptimizerMap
 from rannc_hf.engine.outputs import own_output, training_output
 from rannc_hf.engine.parameters.store import ParameterStore
@@ -230,7 +230,7 @@ class RanncModel(nn.Module):
         while self._at_partition:
             self._at_partition.pop(next(iter(self._at_partition)))()
         if self.transport.rank == 0:
-            announce(graph, plan, self.transport.world_size)
+            announce(graph, plan, self.transport.world_size, self.module)
             if self._on_plan is not None:
                 self._on_plan(plan, graph)
 
@@ -252,6 +252,8 @@ class RanncModel(nn.Module):
             self._runtimes[key] = Runtime(
                 program, self.plan, self.module, self.store, self.transport, self.device, self.config, planned
             )
+            if self.transport.rank == 0:
+                captured(self._runtimes, batch, self.training)
         return self._runtimes[key]
 
     def _capture(self, batch: GlobalBatch, training: bool) -> Graph:

@@ -66,19 +66,13 @@ def microbatch_sizes(samples: int, batch_size: int, microbatches: int, max_repli
 
     The plan was made for `batch_size` samples in `microbatches`. Another batch size keeps the size of a microbatch
     and changes their number, unless that left a replica without samples (`max_replicas` is the largest number of
-    replicas of a stage): then there are fewer, larger ones. Sizes differ by at most one.
-
-    Raises `ValueError` where the batch has fewer samples than a stage has replicas.
+    replicas of a stage): then there are fewer, larger ones. Sizes differ by at most one. Of a batch with fewer samples
+    than a stage has replicas, the last replicas get none.
     """
     assert batch_size >= 1 and microbatches >= 1 and max_replicas >= 1, (batch_size, microbatches, max_replicas)
-    if samples < max_replicas:
-        raise ValueError(
-            f"the global batch has {samples} samples, but the plan has a stage with {max_replicas} replicas and each "
-            f"needs at least one; use a global batch of {max_replicas} or more (drop the last incomplete batch of an "
-            f"epoch), or a plan with fewer replicas"
-        )
+    assert batch_size >= max_replicas, (batch_size, max_replicas)
     nominal = -(-batch_size // microbatches)
-    count = min(-(-samples // nominal), samples // max_replicas)
+    count = min(-(-samples // nominal), max(samples // max_replicas, 1))
     return [stop - start for start, stop in slices(samples, count)]
 
 

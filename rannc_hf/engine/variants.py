@@ -72,9 +72,13 @@ class _Heads:
         if head is None:
             return [self.replica(None)] * len(spans)
         functions = self.replica(None).functions
-        targets = [functions.preamble((head.target,), b - a, part(a, b))[head.target] for a, b in spans]
+        held = [(a, b) for a, b in spans if a < b]
+        if not held:
+            return [self.replica(None)] * len(spans)
+        targets = [functions.preamble((head.target,), b - a, part(a, b))[head.target] for a, b in held]
         labelled = torch.stack([head.labelled(target) for target in targets]).tolist()
-        return [self.replica(head.capacity(count, b - a)) for count, (a, b) in zip(labelled, spans)]
+        found = dict(zip(held, (head.capacity(count, b - a) for count, (a, b) in zip(labelled, held))))
+        return [self.replica(found.get(span)) for span in spans]
 
     def replica(self, capacity: int | None) -> StageReplica:
         """With the head on `capacity` rows a sample; None for all."""

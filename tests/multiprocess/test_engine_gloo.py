@@ -119,7 +119,7 @@ def make_mistakes(rank: int) -> list[str]:
     attempt(RanncConfig(timeout_s=30, stages=7), part)
     attempt(quick, {"pixel_values": part["pixel_values"][:1], "labels": part["labels"]} if rank == 1 else part)
     attempt(quick, {**part, "extra": part["labels"]} if rank == 1 else part)
-    attempt(quick, {k: v[: 1 - rank] for k, v in part.items()}, lambda graph, samples: even_plan(graph, (2,), 1, 4))
+    attempt(quick, {k: v[: 1 - rank] for k, v in part.items()}, planner((2,), 1))
     return seen
 
 
@@ -133,7 +133,7 @@ def test_mistakes_are_told_on_every_rank():
         "stages=7",
         "'pixel_values' has one entry a sample on some ranks and not on others",
         "rank 1 passes ['extra',",
-        "the global batch has 1 samples, but the plan has a stage with 2 replicas",
+        "stages[0] has 2 replicas that each need one",
     ]
     assert len(first) == len(expected), first
     for message, part in zip(first, expected):

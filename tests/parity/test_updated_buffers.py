@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from rannc_hf.config import RanncConfig
-from rannc_hf.engine import RanncModel, buffers
+from rannc_hf.engine import RanncModel, notices
 from rannc_hf.engine.routes import microbatch_sizes, slices
 from tests.parity.harness import (
     EXACT,
@@ -155,7 +155,7 @@ def test_says_what_the_statistics_are_over(monkeypatch: pytest.MonkeyPatch):
             wrapped(**parts[rank])
 
     said: list[str] = []
-    monkeypatch.setattr(buffers.logger, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(notices.logger, "warning", lambda text, *values: said.append(text % values))
     on_ranks(model, 3, planner((1, 2), 2), run)
     (message,) = said
     assert "10 batch normalisation layers" in message
