@@ -24,13 +24,12 @@ class CaptureError(ValueError):
     """The step cannot be captured, or not split exactly; the message names the operation, the module and a way out.
 
     `module` is the path of the module whose code cannot be captured (empty for the model itself), where it would help
-    to run it as it is (`opaque`); None where that would not. `calls_before` are the paths of the modules that it had
-    called by then.
+    to run it as it is (`opaque`); None where that would not.
     """
 
-    def __init__(self, message: str, module: str | None = None, calls_before: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, module: str | None = None) -> None:
         super().__init__(message)
-        self.module, self.calls_before = module, tuple(calls_before)
+        self.module = module
 
 
 class NotSplittable(CaptureError):

@@ -76,7 +76,7 @@ def export_step(
         except Exception as error:
             # What a module refuses to do by a message of ours is refused wherever it runs, unless that names a module.
             module = error.module if isinstance(error, CaptureError) else watch.failed
-            raise CaptureError(watch.explain(error), module, watch.calls_before) from error
+            raise CaptureError(watch.explain(error), module) from error
     signature = program.graph_signature
     # Fields that are not tensors are constants of the step: export keeps an unused placeholder for them.
     fields = [name for name, value in inputs.items() for _ in pytree.tree_leaves(value)]

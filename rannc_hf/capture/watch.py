@@ -44,14 +44,11 @@ class Watch:
         self._failed: nn.Module | None = None
         self._callers: dict[type, nn.Module] = {}
         """Autograd function to the module that called it last."""
-        self._done: list[list[nn.Module]] = [[]]
-        """For each module that is running the calls it has made; first those of the model itself."""
-        self._calls_before: tuple[str, ...] = ()
         self.gradients: frozenset[str] = frozenset()
 
     def __enter__(self) -> Watch:
         self._handles = [
-            register_module_forward_pre_hook(lambda m, a: self._enter(m)),
+            register_module_forward_pre_hook(lambda m, a: self._stack.append(m)),
             register_module_forward_hook(lambda m, a, o: self._leave(m, o)),
         ]
         self._functions = _noted_functions(self._note)
@@ -62,22 +59,12 @@ class Watch:
         self._functions.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
-        known = [i for i, m in enumerate(self._stack) if id(vars(m)) in self._names]
-        self._failed = self._stack[known[-1]] if known else None
-        done = self._done[known[-1] + 1] if known else []
-        self._calls_before = tuple(path for m in done if (path := self._path(m)))
-
-    def _enter(self, module: nn.Module) -> None:
-        self._stack.append(module)
-        self._done.append([])
+        known = [m for m in self._stack if id(vars(m)) in self._names]
+        self._failed = known[-1] if known else None
 
     def _leave(self, module: nn.Module, output: Any) -> None:
-        while self._stack:
-            own = self._stack.pop()
-            self._done.pop()
-            if own is module:
-                break
-        self._done[-1].append(module)
+        while self._stack and self._stack.pop() is not module:
+            pass
         if vars(module) is vars(self._model):
             register_outputs(output)
             if module.training:
@@ -114,11 +101,6 @@ class Watch:
     def failed(self) -> str:
         """The path of the innermost module that was running when the export failed."""
         return self._path(self._failed) or ""
-
-    @property
-    def calls_before(self) -> tuple[str, ...]:
-        """The modules that this one had called until then."""
-        return self._calls_before
 
     def explain(self, error: BaseException) -> str:
         """What to tell the user about an error that the export ran into."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rannc_hf.capture import capture
+from rannc_hf.capture import CaptureError, capture
 from rannc_hf.capture.serialize import save_graph
 from rannc_hf.cost.analytic import block_cost
 from rannc_hf.cost.devices import device
@@ -145,3 +145,57 @@ def test_the_innermost_module_runs_as_it_is_and_those_like_it():
     graph = capture(net("experts", "function", "experts", "recurrent"), batch_of(4))
     assert set(graph.opaque) == {f"layers.{i}.inner#0" for i in range(4)}
     assert "for i in chosen.unique().tolist()" in graph.opaque["layers.0.inner#0"].reason
+
+
+class Spelled(nn.Module):
+    """Puts features among embeddings by a mask, and its loss aligns: nothing of that can be captured."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, WIDTH)
+        self.features = nn.Linear(3, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.head = nn.Linear(WIDTH, WORDS)
+        self.reduction = reduction
+
+    def forward(
+        self, ids: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor, pixels: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        x, images, position = self.embedding(ids), self.features(pixels), torch.arange(LENGTH) + 1
+        for layer in self.layers[:2]:
+            x = x + layer(x).tanh()
+        if (ids == 0).any():
+            x = x.masked_scatter((ids == 0).unsqueeze(-1), images[ids == 0])
+        for layer in self.layers[2:]:
+            x = x + layer(x).tanh()
+        scores = self.head(x).log_softmax(-1) + position.log().view(1, -1, 1)
+        kept = labels >= 1
+        if self.reduction == "tokens":
+            return -scores[kept].gather(-1, labels[kept].unsqueeze(-1)).mean(), scores
+        targets = labels.masked_select(kept)
+        loss = functional.ctc_loss(
+            scores.transpose(0, 1), targets, torch.full((len(ids),), LENGTH), kept.sum(-1), reduction=self.reduction
+        )
+        return loss, scores
+
+
+def spelled(reduction: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    batch = batch_of(9)
+    kept = torch.arange(LENGTH) < 1 + torch.arange(9).unsqueeze(1) % 3
+    batch["labels"] = torch.where(kept, (batch["labels"] + 1).clamp(1, WORDS - 1), -100)
+    batch["pixels"] = torch.randn(9, LENGTH, 3, dtype=torch.float64)
+    batch["ids"][::2, 3] = 0
+    return Spelled(reduction).double().train(), batch
+
+
+@pytest.mark.parametrize(("replicas", "reduction"), [((2, 1), "mean"), ((1, 1, 1, 2), "sum")])
+def test_code_between_modules_and_a_loss_that_aligns(replicas: tuple[int, ...], reduction: str):
+    model, batch = spelled(reduction)
+    check(model, batch, replicas, microbatches=3, recompute="blocks", steps=2)
+
+
+def test_a_loss_that_is_no_sum_over_samples_is_refused():
+    model, batch = spelled("tokens")
+    with pytest.raises(CaptureError, match=r"neither a sum nor a mean"):
+        capture(model, batch)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, NotSplittable
-from ..graph import ValueSpec
-from ..passes.per_sample import SAMPLES, proportional
+from ..passes.per_sample import SAMPLES
 from ..state import tensor_of
 from . import operation
-from .probe import Call, probe, state_names
-from .region import Region, Stub, skeleton
-from .template import template, tensors_in
-from .verify import verified
+from .known import Forward, Known, in_parts, whole
+from .probe import probe
+from .region import Region, skeleton
+from .template import tensors_in
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Chosen:
     """A module to run as it is."""
 
     reason: str
-    stubs: tuple[str, ...] = ()
-    """Submodules whose calls are captured all the same, one by one: what they give is an input. Paths from its own."""
+    in_parts: bool = False
+    """Whether the submodules that it calls are captured all the same, and only what it does between runs as it is."""
 
 
 Selection = Mapping[str, Chosen]
@@ -38,11 +35,14 @@ Selection = Mapping[str, Chosen]
 
 
 class Regions:
-    """The regions of a model, one for each call of a module that runs as it is."""
+    """The regions of a model, for each call of a module that runs as it is."""
 
-    def __init__(self, calls: Mapping[str, Sequence[_Known]]) -> None:
+    def __init__(self, calls: Mapping[str, Sequence[Known | Forward]]) -> None:
         self._calls = calls
-        self.by_key: dict[str, Region] = {known.region.key: known.region for each in calls.values() for known in each}
+        known: list[Known] = []
+        for call in (call for each in calls.values() for call in each):
+            known += [call] if isinstance(call, Known) else call.known
+        self.by_key: dict[str, Region] = {k.region.key: k.region for k in known}
 
     def install(self, model: nn.Module, samples: int) -> None:
         """Let the modules put their operation into the graph of an export with `samples` samples.
@@ -51,7 +51,7 @@ class Regions:
         """
         for path, known in self._calls.items():
             module = model.get_submodule(path)
-            module.__dict__["forward"] = _Installed(module, path, known, samples)
+            module.__dict__["forward"] = _function(_Installed(module, path, known, samples))
 
 
 def mark_kinds(graph: fx.Graph, regions: Regions) -> None:
@@ -60,15 +60,6 @@ def mark_kinds(graph: fx.Graph, regions: Regions) -> None:
         if operation.is_opaque(node):
             for user in node.users:
                 user.meta["opaque_kind"] = regions.by_key[operation.region_of(node)].kinds[user.args[1]]
-
-
-@dataclass(frozen=True)
-class _Known:
-    """A region, and the shapes that its tensors had for each number of samples."""
-
-    region: Region
-    given: Mapping[int, list[torch.Tensor]]
-    results: Mapping[int, list[torch.Tensor]]
 
 
 def prepare(
@@ -81,16 +72,17 @@ def prepare(
     """
     if not selection:
         return Regions({})
-    watched = {path: chosen.stubs for path, chosen in selection.items()}
+    watched = {path: chosen.in_parts for path, chosen in selection.items()}
     small, large = (probe(model, batch, n, total, dtype, watched) for n in SAMPLES)
     _check_order([call.path for call in small], [call.path for call in large])
     modules = {path: skeleton(model, model.get_submodule(path)) for path in dict.fromkeys(c.path for c in small)}
-    known: dict[str, list[_Known]] = {}
+    known: dict[str, list[Known | Forward]] = {}
     for a, b in zip(small, large):
         own = known.setdefault(a.path, [])
         key = f"{a.path}#{len(own)}"
         try:
-            own.append(_region(key, selection[a.path], modules[a.path], a, b, total))
+            make = in_parts if selection[a.path].in_parts else whole
+            own.append(make(key, selection[a.path].reason, modules[a.path], (a, b), total))
         except NotSplittable:
             raise
         except CaptureError as error:
@@ -108,121 +100,60 @@ def _check_order(small: Sequence[str], large: Sequence[str]) -> None:
             raise CaptureError(f"how often '{path}' is called depends on the number of samples", path)
 
 
-def _region(key: str, chosen: Chosen, module: nn.Module, small: Call, large: Call, total: int) -> _Known:
-    what = f"module '{small.path}' ({type(module).__name__})"
-    _check_pure(what, small, large)
-    stubs = tuple(
-        Stub(path, template(a, b, f"'{path}' in {what} gives"))
-        for (path, a), (other, b) in zip(small.stubs, large.stubs, strict=True)
-    )
-    names = state_names(module, chosen.stubs)
-    outputs = template(small.outputs, large.outputs, f"{what} gives")
-    inputs = template(small.inputs, large.inputs, f"{what} is given")
-    region = Region(key, small.path, module, inputs, stubs, names, outputs, chosen.reason, draws=large.draws)
-    given = {n: _given(call) for n, call in zip(SAMPLES, (small, large))}
-    results = {n: tensors_in(call.outputs) for n, call in zip(SAMPLES, (small, large))}
-    if not results[SAMPLES[0]] or not given[SAMPLES[0]]:
-        raise CaptureError(f"{what} is given or gives no tensors")
-    specs = [_spec(a, b, f"{what} is given") for a, b in zip(given[SAMPLES[0]], given[SAMPLES[1]], strict=True)]
-    specs += [ValueSpec(tuple(t.shape), t.dtype, None, 0, False) for t in large.state]
-    made = [_spec(a, b, f"{what} gives") for a, b in zip(results[SAMPLES[0]], results[SAMPLES[1]], strict=True)]
-    region = verified(region, [*given[SAMPLES[1]], *large.state], specs, made, total)
-    return _Known(region, _shapes(given), _shapes(results))
-
-
-def _given(call: Call) -> list[torch.Tensor]:
-    return [*tensors_in(call.inputs), *(t for _, result in call.stubs for t in tensors_in(result))]
-
-
-def _shapes(values: Mapping[int, Sequence[torch.Tensor]]) -> dict[int, list[torch.Tensor]]:
-    return {n: [torch.empty(t.shape, dtype=t.dtype, device="meta") for t in each] for n, each in values.items()}
-
-
-def _check_pure(what: str, *calls: Call) -> None:
-    for call in calls:
-        if call.writes is not None:
-            raise CaptureError(f"{what} cannot run as it is: it writes to {call.writes}")
-        if call.draws_elsewhere:
-            raise NotSplittable(
-                f"{what} cannot run as it is: it draws random numbers from Python or NumPy, which no seed of a step "
-                "repeats; turn that off in the model's config (mask_time_prob=0, ...)"
-            )
-
-
-def _spec(small: torch.Tensor, large: torch.Tensor, what: str) -> ValueSpec:
-    """Where a tensor has its samples."""
-    differing = [d for d in range(small.dim()) if small.dim() == large.dim() and small.shape[d] != large.shape[d]]
-    if small.dtype != large.dtype or small.dim() != large.dim() or len(differing) > 1:
-        raise CaptureError(f"{what} a tensor whose dtype or dimensions depend on the number of samples")
-    if not differing:
-        return ValueSpec(tuple(small.shape), small.dtype, None, 0, False)
-    rows = proportional(small.shape[differing[0]], large.shape[differing[0]])
-    if rows is None:
-        raise CaptureError(f"{what} a tensor whose size {differing[0]} is not a multiple of the number of samples")
-    shape = tuple(rows if d == differing[0] else n for d, n in enumerate(small.shape))
-    return ValueSpec(shape, small.dtype, differing[0], rows, False)
-
-
 # -- in an export ----------------------------------------------------------------------------------------------------
 
 
-class _Reached(BaseException):
-    """The last of the calls that a region is given the results of has been made."""
+def _function(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function, as export expects a forward to be."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    return forward
 
 
 @dataclass
 class _Installed:
-    """The forward of a module that is exported as one operation for each call."""
+    """The forward of a module that is exported as operations that stand for its code."""
 
     module: nn.Module
     path: str
-    known: Sequence[_Known]
+    known: Sequence[Known | Forward]
     samples: int
     calls: int = 0
-    original: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.original = self.module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.calls >= len(self.known):
             raise CaptureError(f"'{self.path}' is called more often than when the model ran", self.path)
         known = self.known[self.calls]
         self.calls += 1
-        region = known.region
-        given = [*tensors_in((args, kwargs)), *self.stubbed(region, args, kwargs)]
+        given = tensors_in((args, kwargs))
         expected = known.given[self.samples]
         if [(t.shape, t.dtype) for t in given] != [(t.shape, t.dtype) for t in expected]:
             raise CaptureError(f"'{self.path}' is given other shapes or dtypes than when the model ran", self.path)
+        if isinstance(known, Known):
+            made = self.operation(known, given)
+            return known.outputs.fill(made, self.samples, torch.device("cpu"))
+        return self.in_parts(known, dict(enumerate(given)))
+
+    def operation(self, known: Known, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        region = known.region
         values = [*given, *(tensor_of(self.module, name) for name in region.state)]
         values = [v if receives else v.detach() for v, receives in zip(values, region.receives, strict=True)]
         made = operation.call(values, region.key, self.samples, known.results[self.samples], region.draws)
-        made = [v if own else v.detach() for v, own in zip(made, region.differentiable, strict=True)]
-        return region.outputs.fill(made, self.samples, torch.device("cpu"))
+        return [v if own else v.detach() for v, own in zip(made, region.differentiable, strict=True)]
 
-    def stubbed(self, region: Region, args: Any, kwargs: Any) -> list[torch.Tensor]:
-        """Results of the calls that the region is given, which are captured as usual."""
-        if not region.stubs:
-            return []
-        results: list[Any] = []
-
-        def remembered(child: nn.Module, forward: Any) -> Any:
-            def call(*inputs: Any, **named: Any) -> Any:
-                results.append(forward(*inputs, **named))
-                if len(results) == len(region.stubs):
-                    raise _Reached
-                return results[-1]
-
-            return call
-
-        replaced = {path: self.module.get_submodule(path) for path in dict.fromkeys(s.path for s in region.stubs)}
-        before = {path: child.__dict__.get("forward") for path, child in replaced.items()}
-        for child in replaced.values():
-            child.__dict__["forward"] = remembered(child, child.forward)
-        with contextlib.suppress(_Reached):
-            self.original(*args, **kwargs)
-        for path, child in replaced.items():
-            del child.__dict__["forward"]
-            if before[path] is not None:
-                child.__dict__["forward"] = before[path]
-        return [t for result in results for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+    def in_parts(self, forward: Forward, known: dict[int, torch.Tensor]) -> Any:
+        for step in forward.steps:
+            if step.code is not None:
+                made = self.operation(step.code, [known[n] for n in step.needs])
+                known.update(zip(range(step.first_new, step.first_new + len(made)), made))
+            arguments = step.arguments.fill([known[n] for n in step.sources], self.samples, torch.device("cpu"))
+            if step.path is None:
+                return arguments
+            args, kwargs = arguments
+            result = tensors_in(self.module.get_submodule(step.path)(*args, **kwargs))
+            if len(result) != len(step.results):
+                raise CaptureError(f"'{step.path}' gives other results than when the model ran", self.path)
+            known.update(zip(step.results, result))
+        raise AssertionError("a forward has an end")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from ..ambient import no_autocast, plain_context
 from ..errors import CaptureError, plain_reason
 from ..state import lent_state, tensor_of
+from .parts import Parts, Recorder
 
 _NOISE = 1_000_003
 
@@ -37,8 +38,8 @@ class Call:
     """What it wrote to: an input, a parameter or a buffer."""
     state: list[torch.Tensor] = field(default_factory=list)
     """Values of the parameters and buffers of `state_names`."""
-    stubs: list[tuple[str, Any]] = field(default_factory=list)
-    """Results of submodules' calls, where some are set apart, by path from the module's own."""
+    parts: Parts | None = None
+    """The calls of submodules, where these are captured by themselves."""
 
 
 def probe(
@@ -47,12 +48,12 @@ def probe(
     samples: int,
     total: int,
     dtype: torch.dtype | None,
-    watched: Mapping[str, Sequence[str]],
+    watched: Mapping[str, bool],
 ) -> list[Call]:
     """The calls of modules `watched` in ``model(**batch)`` with `samples` samples: those of the batch, again and again.
 
-    `watched`: paths of modules, with those of submodules whose results are recorded too. Floating parameters are cast
-    to `dtype`. Parameters that have no memory get made-up values.
+    `watched`: paths of modules, and whether the calls that they make are recorded too. Floating parameters are cast to
+    `dtype`. Parameters that have no memory get made-up values.
 
     Raises:
         CaptureError: where the model does not run on what the batch holds.
@@ -67,8 +68,8 @@ def probe(
     calls: list[Call] = []
     cuda = [device] if device.type == "cuda" else []
     with _apart(cuda), lent_state(model, real), no_autocast():
-        for path, stubs in watched.items():
-            _record(model.get_submodule(path), path, stubs, calls, device)
+        for path, in_parts in watched.items():
+            _record(model.get_submodule(path), path, in_parts, calls, device)
         try:
             model(**inputs)
         except Exception as error:
@@ -79,39 +80,36 @@ def probe(
     return calls
 
 
-def _record(module: nn.Module, path: str, stubs: Sequence[str], calls: list[Call], device: torch.device) -> None:
+def _record(module: nn.Module, path: str, in_parts: bool, calls: list[Call], device: torch.device) -> None:
     forward = module.forward
-    running: list[Call] = []
+    recorder = Recorder(module, lambda: generator_state(device)) if in_parts else None
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        state = [tensor_of(module, name) for name in state_names(module, stubs)]
-        call = Call(path, copies((args, kwargs)), state=state)
-        running.append(call)
-        versions = [(what, t, t._version) for what, t in _written_to(module, (args, kwargs))]
+        call = Call(path, copies((args, kwargs)))
+        if recorder is not None:
+            recorder.begin((args, kwargs))
+        versions = [(name, t, t._version) for name, t in _written_to(module, (args, kwargs))]
         before = _generators(device)
-        call.outputs = forward(*args, **kwargs)
+        outputs = forward(*args, **kwargs)
         after = _generators(device)
         call.draws, call.draws_elsewhere = before[0] != after[0], before[1:] != after[1:]
-        call.writes = next((what for what, t, version in versions if t._version != version), None)
-        running.pop()
+        if recorder is not None:
+            call.parts = recorder.end(outputs)
+        called = call.parts.called if call.parts is not None else ()
+        names = state_names(module, called)
+        call.state = [tensor_of(module, name) for name in names]
+        written = [name for name, t, version in versions if t._version != version]
+        call.writes = next((name for name in written if not name.startswith(tuple(f"{c}." for c in called))), None)
+        call.outputs = copies(outputs)
         calls.append(call)
-        outputs, call.outputs = call.outputs, copies(call.outputs)
         return outputs
 
     module.__dict__["forward"] = recorded
-    for name in dict.fromkeys(stubs):
-        child = module.get_submodule(name)
-        child.__dict__["forward"] = _remembered(name, child.forward, running, len(stubs))
 
 
-def _remembered(name: str, forward: Callable[..., Any], running: Sequence[Call], most: int) -> Callable[..., Any]:
-    def remembered(*args: Any, **kwargs: Any) -> Any:
-        outputs = forward(*args, **kwargs)
-        if running and len(running[-1].stubs) < most:
-            running[-1].stubs.append((name, copies(outputs)))
-        return outputs
-
-    return remembered
+def copies(structure: Any) -> Any:
+    """The structure with copies of its tensors: what is done to them later does not show."""
+    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, structure)
 
 
 def state_names(module: nn.Module, stubs: Sequence[str] = ()) -> tuple[str, ...]:
@@ -125,17 +123,11 @@ def state_names(module: nn.Module, stubs: Sequence[str] = ()) -> tuple[str, ...]
     return tuple(found.values())
 
 
-def copies(structure: Any) -> Any:
-    """The structure with copies of its tensors: what is done to them later does not show."""
-    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, structure)
-
-
 def _written_to(module: nn.Module, inputs: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for leaf in pytree.tree_leaves(inputs):
         if isinstance(leaf, torch.Tensor):
-            yield "one of its inputs", leaf
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        yield f"'{name}'", tensor
+            yield "an input", leaf
+    yield from (*module.named_parameters(), *module.named_buffers())
 
 
 def generator_state(device: torch.device) -> bytes:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import CaptureError
+from ..graph import ValueSpec
 from ..state import lent_state, tensor_of
 from .template import Template, tensors_in
 
@@ -30,11 +31,38 @@ class Stub:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The part of a forward between two calls of submodules, which are captured by themselves.
+
+    It runs the forward again from its beginning, up to the next call; the calls before return what they are given.
+    """
+
+    stubs: tuple[Stub, ...]
+    """The calls before."""
+    until: str | None
+    """The module that is called next, whose arguments are the results; None at the end of the forward."""
+    takes: tuple[int, ...]
+    """Which tensors among these are the results."""
+    left_out: tuple[ValueSpec | None, ...]
+    """For each tensor of the inputs and of the stubs' results: None, or its shape where nothing depends on it."""
+    written: frozenset[int]
+    """Those that the forward writes to."""
+
+
+class _Stopped(BaseException):
+    """A part has come to its end."""
+
+    def __init__(self, arguments: Any) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+@dataclass(frozen=True)
 class Region:
     """A pure function of tensors: a module's forward with given inputs, parameters and buffers.
 
-    It runs the module's own code, under PyTorch's own autograd. Results of calls in `stubs` are given to it. The
-    tensors that it is called with are those of the inputs, of the stubs' results in order, and of `state`.
+    It runs the module's own code, under PyTorch's own autograd. The tensors that it is called with are those of the
+    inputs, of the stubs' results in order where it is a part, and of `state`.
     """
 
     key: str
@@ -43,12 +71,12 @@ class Region:
     module: nn.Module
     """A copy without memory: parameters and buffers are on the meta device."""
     inputs: Template
-    stubs: tuple[Stub, ...]
     state: tuple[str, ...]
     """Names in `module` of the parameters and buffers that it is given."""
-    outputs: Template
     reason: str
     """Why it cannot be captured."""
+    part: Part | None = None
+    """None for the whole forward."""
     receives: tuple[bool, ...] = ()
     """For each tensor that it is called with whether a gradient reaches it."""
     conditional: tuple[bool, ...] = ()
@@ -73,18 +101,35 @@ class Region:
 
     def run(self, values: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor]:
         """The results for `values`, which hold `samples` samples."""
-        device = values[0].device
+        device, part = values[0].device, self.part
+        tensors = values if part is None else self._all(part, values, samples)
         start = self.inputs.tensors
-        args, kwargs = self.inputs.fill(values[:start], samples, device)
+        args, kwargs = self.inputs.fill(tensors[:start], samples, device)
         given: list[tuple[str, Any]] = []
-        for stub in self.stubs:
+        for stub in part.stubs if part is not None else ():
             stop = start + stub.result.tensors
-            given.append((stub.path, stub.result.fill(values[start:stop], samples, device)))
+            given.append((stub.path, stub.result.fill(tensors[start:stop], samples, device)))
             start = stop
-        state = {id(tensor_of(self.module, name)): v for name, v in zip(self.state, values[start:], strict=True)}
+        state = {id(tensor_of(self.module, name)): v for name, v in zip(self.state, tensors[start:], strict=True)}
         lent = lent_state(self.module, lambda own, module, name: state.get(id(own), own))
-        with self.lock, lent, stubbed(self.module, given):
-            return tensors_in(self.module(*args, **kwargs))
+        with self.lock, lent, _stubbed(self.module, given, part):
+            try:
+                results = tensors_in(self.module(*args, **kwargs))
+            except _Stopped as stopped:
+                results = tensors_in(stopped.arguments)
+        return results if part is None else [results[i] for i in part.takes]
+
+    def _all(self, part: Part, values: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor]:
+        """`values`, with zeros in the places of those that were left out."""
+        left = iter(values)
+        made = []
+        for index, spec in enumerate(part.left_out):
+            if spec is not None:
+                value = torch.zeros((), dtype=spec.dtype, device=values[0].device).expand(spec.at(samples))
+            else:
+                value = next(left)
+            made.append(value.clone() if index in part.written else value)
+        return [*made, *left]
 
     def function(self, *arguments: Any) -> list[torch.Tensor]:
         """What runs in the place of `operation.OPAQUE`, whose arguments it takes.
@@ -135,29 +180,33 @@ class Region:
 
 
 @contextlib.contextmanager
-def stubbed(module: nn.Module, given: Sequence[tuple[str, Any]]) -> Iterator[None]:
-    """Let calls of submodules of `module` return what is given, in order, without running."""
-    left: dict[str, list[Any]] = {}
-    for path, result in given:
-        left.setdefault(path, []).append(result)
-    replaced = []
-    for path, results in left.items():
-        child = module.get_submodule(path)
-        replaced.append((child, child.__dict__.get("forward")))
-        child.__dict__["forward"] = _returning(results)
-    try:
+def _stubbed(module: nn.Module, given: Sequence[tuple[str, Any]], part: Part | None) -> Iterator[None]:
+    """Let calls of submodules of `module` return what is given, in order, and the one after them stop the forward.
+
+    The caller restores the modules.
+    """
+    if part is None:
         yield
-    finally:
-        for child, own in replaced:
-            if own is None:
-                del child.__dict__["forward"]
-            else:
-                child.__dict__["forward"] = own
+        return
+    left = iter(given)
+    training = torch.is_grad_enabled()
 
+    def stub(path: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if training and not torch.is_grad_enabled():
+                raise CaptureError(f"'{path}' is called under no_grad by code that cannot be captured")
+            expected, result = next(left, (part.until, _Stopped((args, kwargs))))
+            if path != expected:
+                raise CaptureError(f"'{path}' is called where '{expected}' was: what is called depends on the batch")
+            if isinstance(result, _Stopped):
+                raise result
+            return result
 
-def _returning(results: Sequence[Any]) -> Any:
-    left = iter(results)
-    return lambda *args, **kwargs: next(left)
+        return call
+
+    for path in dict.fromkeys([path for path, _ in given] + ([part.until] if part.until is not None else [])):
+        module.get_submodule(path).__dict__["forward"] = stub(path)
+    yield
 
 
 def skeleton(model: nn.Module, module: nn.Module) -> nn.Module:

@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 _ATTEMPTS = 16
 """How many choices of modules are tried."""
+_LARGE = 0.4
+"""Share of a model's parameters above which a module runs in parts, if it can."""
 _found: WeakKeyDictionary[nn.Module, Selection] = WeakKeyDictionary()
 """What was found for a model, for its captures with other shapes."""
 
@@ -36,19 +38,17 @@ def with_regions(
     Raises:
         CaptureError: of the first failure, where no choice of modules helps, with what was tried last.
     """
-    selection: Selection = _found.get(model, {})
+    search = _Search(model, _found.get(model, {}))
     first: CaptureError | None = None
     for _ in range(_ATTEMPTS):
         try:
-            result = capture(prepare(model, batch, total, dtype, selection))
+            result = capture(prepare(model, batch, total, dtype, search.selection))
         except CaptureError as error:
             first = first or error
-            wider = widened(model, selection, error)
-            if wider is None:
+            if not search.widen(error):
                 raise _told(first, error) from error
-            selection = wider
         else:
-            _found[model] = selection
+            _found[model] = search.selection
             return result
     assert first is not None
     raise first
@@ -60,25 +60,57 @@ def _told(first: CaptureError, last: CaptureError) -> CaptureError:
     return CaptureError(f"{first}\nRunning the module as it is does not help: {last}")
 
 
-def widened(model: nn.Module, selection: Selection, error: CaptureError) -> Selection | None:
-    """The next choice after `error`; None where there is none."""
-    path = error.module
-    if path is None:
-        return None
-    inside = next((p for p in selection if path == p or path.startswith(f"{p}.")), None)
-    target = _around(model, inside) if inside is not None else _callable(model, path)
-    if not target:
-        return None
-    reason = selection[inside].reason if inside is not None else _reason(error)
-    kept = {p: chosen for p, chosen in selection.items() if not f"{p}.".startswith(f"{target}.")}
-    for other in _alike(model, target):
-        kept = {p: c for p, c in kept.items() if not p.startswith(f"{other}.")}
-        kept[other] = Chosen(reason)
-    return kept
+class _Search:
+    """The choices of modules for a model."""
+
+    def __init__(self, model: nn.Module, selection: Selection) -> None:
+        self.model = model
+        self.selection = dict(selection)
+        self.refused: set[str] = set()
+        """Modules that cannot run as one region."""
+        self.uncut: set[str] = set()
+        """Modules whose code cannot run in parts."""
+
+    def widen(self, error: CaptureError) -> bool:
+        """Go on to the next choice after `error`; False where there is none."""
+        path = error.module
+        if path is None:
+            return False
+        around = next((p for p, c in self.selection.items() if not c.in_parts and _holds(p, path)), None)
+        if around is not None:
+            self.refused.add(around)
+            return self.choose(_callable(self.model, around.rpartition(".")[0]) if around else "", error, around)
+        if path in self.selection:
+            self.uncut.add(path)
+            return self.choose(path, error, path)
+        return self.choose(_callable(self.model, path), error, None)
+
+    def choose(self, path: str, error: CaptureError, instead: str | None) -> bool:
+        """Let the module `path` run as it is: as one region, or in parts where it is most of the model."""
+        reason = self.selection[instead].reason if instead is not None else _reason(error)
+        failed_inside = instead is not None and instead != path
+        if not failed_inside and path not in self.uncut and self.is_large(path):
+            self.put(path, Chosen(reason, in_parts=True))
+            return True
+        if not path or path in self.refused:
+            return False
+        self.put(path, Chosen(reason))
+        return True
+
+    def put(self, path: str, chosen: Chosen) -> None:
+        for other in _alike(self.model, path) if path else [""]:
+            if not chosen.in_parts:
+                self.selection = {p: c for p, c in self.selection.items() if not _holds(other, p)}
+            self.selection[other] = chosen
+
+    def is_large(self, path: str) -> bool:
+        """Whether little would be left to other stages: then it is worth while to capture its submodules."""
+        sizes = {id(p): p.numel() for p in self.model.get_submodule(path).parameters()}
+        return not path or sum(sizes.values()) > _LARGE * sum(p.numel() for p in self.model.parameters())
 
 
-def _around(model: nn.Module, path: str) -> str:
-    return _callable(model, path.rpartition(".")[0])
+def _holds(path: str, other: str) -> bool:
+    return not path or other == path or other.startswith(f"{path}.")
 
 
 def _callable(model: nn.Module, path: str) -> str:
