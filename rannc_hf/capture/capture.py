@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .ambient import told_grad_mode
+from .answers import Answers, answer
 from .blocks import make_blocks
 from .errors import CaptureError
 from .experts import graph_friendly_experts, told_of_router_losses
@@ -32,9 +35,12 @@ from .passes.out_variants import rewrite_outs
 from .passes.per_sample import SAMPLES, merge, spec
 from .passes.preamble import copy_outputs, mark_gradients, mark_preamble
 from .passes.regions import inline_regions
+from .passes.rejoin import rejoin
 from .passes.updates import check_samples, hoist, local_nodes, reduced, touching
 from .state import preserved
 from .watch import Losses, find_loss, is_loss
+
+logger = logging.getLogger(__name__)
 
 
 def capture(
@@ -47,8 +53,9 @@ def capture(
 ) -> Graph:
     """Capture one step ``model(**batch)`` as a `Graph` that holds for any number of samples.
 
-    Nothing is computed and no weight is allocated: the model may live on the meta device or hold fake tensors, and of
-    the batch only shapes and dtypes matter. A training graph computes the model's loss alone, or, where the loss is
+    No weight is allocated: the model may live on the meta device or hold fake tensors. Of the batch only shapes and
+    dtypes matter, unless forward reads numbers out of it: then the graph holds for batches in which it would read the
+    same (`Graph.guards`). A training graph computes the model's loss alone, or, where the loss is
     computed outside of it (`Graph.split`), all outputs, as an evaluation graph does.
 
     Args:
@@ -76,16 +83,38 @@ def capture(
             # What is recomputed is up to the plan.
             if getattr(module, "gradient_checkpointing", False):
                 module.__dict__["gradient_checkpointing"] = False
-
-        def attempt(regions: Regions) -> Graph:
-            small, large = (
-                _step(export_step(model, inputs, n, total, dtype, loss, regions), model, batch, training, loss)
-                for n in SAMPLES
-            )
-            merge(small.graph, large.graph, (small.export.constants, large.export.constants))
-            return _finish(small, model, training, regions)
-
+        export = partial(export_step, model, inputs, total=total, dtype=dtype, loss=loss)
+        attempt = partial(_captured, model, batch, training, loss, partial(answer, inputs, total), export)
         return with_regions(model, inputs, total, dtype, attempt)
+
+
+def _captured(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    training: bool,
+    loss: Losses,
+    answered: Callable[[Callable[..., Export]], Answers | None],
+    export: Callable[..., Export],
+    regions: Regions,
+) -> Graph:
+    """The graph of a step, with what the batch says only where it cannot be captured without."""
+    export = partial(export, regions=regions)
+
+    def attempt(answers: Answers | None) -> Graph:
+        known = {n: answers.known(n) if answers is not None else None for n in SAMPLES}
+        small, large = (_step(export(samples=n, known=known[n]), model, batch, training, loss) for n in SAMPLES)
+        merge(small.graph, large.graph, (small.export.constants, large.export.constants))
+        first = known[SAMPLES[0]]
+        return _finish(small, model, training, regions, first.scatters if first is not None else 0)
+
+    try:
+        return attempt(None)
+    except CaptureError as error:
+        answers = answered(export)
+        if answers is None:
+            raise
+        logger.info("rannc: captured with values of the batch, because without them %s", error)
+        return replace(attempt(answers), guards=answers.guards)
 
 
 @dataclass(frozen=True)
@@ -132,6 +161,7 @@ def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: 
     expose_statistics(graph, export.fake_mode)
     rewrite_outs(graph, export.fake_mode)
     drop_dead(graph, keep=[n.name for n in graph.nodes if n.is_impure()])
+    rejoin(graph, export.fake_mode)
     updates = functionalize(graph, export.fake_mode, export.buffer_inputs, export.parameter_inputs, training=training)
     output.args = ((*output.args[0], *updates.values()),)
     drop_lifts(graph)
@@ -141,7 +171,7 @@ def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: 
     return _Step(export, paths, loss_path, split, tuple(updates))
 
 
-def _finish(step: _Step, model: nn.Module, training: bool, regions: Regions) -> Graph:
+def _finish(step: _Step, model: nn.Module, training: bool, regions: Regions, scatters: int) -> Graph:
     graph, export = step.graph, step.export
     specs, names = _parameters(model, export)
     _redirect_tied(graph, names)
@@ -152,7 +182,7 @@ def _finish(step: _Step, model: nn.Module, training: bool, regions: Regions) -> 
     output = next(n for n in graph.nodes if n.op == "output")
     by_path = dict(zip(step.paths, output.args[0]))
     local = local_nodes(graph, by_path.values())
-    check_independent(graph, preamble, local, training)
+    check_independent(graph, preamble, local, training, scatters)
     counts = Counts(graph, preamble, export.fake_mode, local)
     count_samples(counts)
     sums = globalize(graph, counts, by_path[step.loss] if step.loss is not None else None)

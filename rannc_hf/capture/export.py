@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .chances import Chances
 from .errors import CaptureError
 from .opaque.prepare import Regions
 from .state import fake_state
+from .values import Known
 from .watch import Losses, Watch
 
 
@@ -47,11 +49,13 @@ def export_step(
     dtype: torch.dtype | None,
     loss: Losses = "fused",
     regions: Regions | None = None,
+    known: Known | None = None,
 ) -> Export:
     """Export `model(**batch)` with `samples` samples instead of the `total` that `batch` holds.
 
     Floating parameters are treated as `dtype` (None: as they are). Nothing is computed or allocated. The caller
-    restores the model (`state.preserved`). Modules in `regions` are exported as one operation.
+    restores the model (`state.preserved`). Modules in `regions` are exported as one operation; `known` answers what
+    forward reads out of the batch.
 
     Raises:
         CaptureError: naming the module and the line of its code that cannot be exported.
@@ -68,7 +72,8 @@ def export_step(
                 for name, value in batch.items()
             }
         try:
-            with fake_state(model, fake_mode, dtype), no_autocast(), watch, Chances():
+            answered = known.watching(model) if known is not None else contextlib.nullcontext()
+            with fake_state(model, fake_mode, dtype), no_autocast(), watch, Chances(), answered:
                 if regions is not None:
                     regions.install(model, samples)
                 with quiet_export():

@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
+from .guards import Guards
 from .opaque.operation import is_opaque, region_of
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ class Graph:
     """Whether this is a training step whose loss is computed outside, from any of its outputs."""
     opaque: Mapping[str, Region] = field(default_factory=dict)
     """Key to a part of the model that runs as it is (`capture.opaque`)."""
+    guards: Guards | None = None
+    """What a batch must agree with; None where the graph holds for all batches of its shapes. Not kept in files."""
 
     def producer(self, value: str) -> int:
         """Index of the block that computes `value`."""

@@ -49,8 +49,8 @@ class Lengths:
             alike = [f for f in batch.batched if batch.fields[f].dim() > dim and batch.fields[f].shape[dim] == length]
             fields = dict(batch.fields)
             for name in alike:
-                shape = list(fields[name].shape)
-                fields[name] = fields[name].new_empty([shorter if d == dim else n for d, n in enumerate(shape)])
+                # Real values: the model may read them.
+                fields[name] = torch.cat([fields[name]] * 2, dim).narrow(dim, 0, shorter)
             losses: Losses = "split" if graph.split else "fused"
             other = capture(self._model, fields, dtype=self._dtype, training=graph.training, loss=losses)
             self._cache[key] = {

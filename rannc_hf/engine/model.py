@@ -28,6 +28,7 @@ from rannc_hf.engine.planning import find_plan_here
 from rannc_hf.engine.program import place
 from rannc_hf.engine.runtime import Runtime, describe_shapes, separate_random_state
 from rannc_hf.engine.setup import capture_agreed, check_trained, plan_agreed
+from rannc_hf.engine.specialised import Specialised
 from rannc_hf.engine.split import Driver, split_outputs
 from rannc_hf.engine.transport import Transport
 from rannc_hf.engine.whole import Whole, generate
@@ -105,6 +106,7 @@ class RanncModel(nn.Module):
         self._driver = Driver()
         self._at_partition: dict[str, Callable[[], None]] = {}
         self._runtimes: dict[Any, Runtime] = {}
+        self._specialised = Specialised()
         self._planned_key: Any = None
         self._steps = 0
         self._running: Graph | None = None
@@ -226,7 +228,8 @@ class RanncModel(nn.Module):
         self._whole.partitioned(self.store)
         self.optimizers.partition(set(self.store.owned))
         self.plan, self.graph = plan, graph
-        self._planned_key = (True, True, describe_shapes(batch))
+        self._planned_key = self._specialised.key((True, True, describe_shapes(batch)), batch)
+        self._specialised.add(self._planned_key, graph)
         while self._at_partition:
             self._at_partition.pop(next(iter(self._at_partition)))()
         if self.transport.rank == 0:
@@ -241,11 +244,13 @@ class RanncModel(nn.Module):
         return find_plan_here(graph, self.config, batch, self.device, self.transport.world_size)
 
     def _runtime(self, batch: GlobalBatch) -> Runtime:
-        key = (self.training, self.training or torch.is_grad_enabled(), describe_shapes(batch))
+        shapes = (self.training, self.training or torch.is_grad_enabled(), describe_shapes(batch))
+        key = self._specialised.key(shapes, batch)
         if key not in self._runtimes:
             assert self.plan is not None and self.graph is not None and self.store is not None
             planned = key == self._planned_key
             graph = self.graph if planned else self._capture(batch, self.training)
+            self._specialised.add(key, graph)
             if self.training and not planned:
                 check_trained(graph, self.graph, self.plan, self.transport.rank)
             program = place(graph, self.plan, self.graph)

@@ -100,6 +100,17 @@ def _check_order(small: Sequence[str], large: Sequence[str]) -> None:
             raise CaptureError(f"how often '{path}' is called depends on the number of samples", path)
 
 
+def _at(known: Mapping[int, Sequence[torch.Tensor]], samples: int) -> Sequence[torch.Tensor]:
+    """The shapes of tensors for any number of samples, by those for two."""
+    if samples in known:
+        return known[samples]
+    few, many = SAMPLES
+    shapes = [
+        [m if m == n else m // few * samples for m, n in zip(a.shape, b.shape)] for a, b in zip(known[few], known[many])
+    ]
+    return [a.new_empty(shape) for a, shape in zip(known[few], shapes)]
+
+
 # -- in an export ----------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +139,7 @@ class _Installed:
         known = self.known[self.calls]
         self.calls += 1
         given = tensors_in((args, kwargs))
-        expected = known.given[self.samples]
+        expected = _at(known.given, self.samples)
         if [(t.shape, t.dtype) for t in given] != [(t.shape, t.dtype) for t in expected]:
             raise CaptureError(f"'{self.path}' is given other shapes or dtypes than when the model ran", self.path)
         if isinstance(known, Known):
@@ -140,7 +151,7 @@ class _Installed:
         region = known.region
         values = [*given, *(tensor_of(self.module, name) for name in region.state)]
         values = [v if receives else v.detach() for v, receives in zip(values, region.receives, strict=True)]
-        made = operation.call(values, region.key, self.samples, known.results[self.samples], region.draws)
+        made = operation.call(values, region.key, self.samples, _at(known.results, self.samples), region.draws)
         return [v if own else v.detach() for v, own in zip(made, region.differentiable, strict=True)]
 
     def in_parts(self, forward: Forward, known: dict[int, torch.Tensor]) -> Any:

@@ -20,15 +20,19 @@ from .per_sample import batched, spec
 from .schema import argument, has_argument, name_of, schema
 
 
-def check_independent(graph: fx.Graph, preamble: set[fx.Node], local: Collection[fx.Node], training: bool) -> None:
+def check_independent(
+    graph: fx.Graph, preamble: set[fx.Node], local: Collection[fx.Node], training: bool, scatters: int = 0
+) -> None:
     """Refuse what mixes samples. Sums and means over samples are left to `globalize`.
 
     Not refused are `local`, which compute new values of buffers, and in training the statistics of batch normalisation:
-    both are those of a slice.
+    both are those of a slice. `scatters`: how many calls of `masked_scatter` are known to write to each sample what is
+    its own.
 
     Raises:
         CaptureError: naming the operation and its module.
     """
+    _check_scatters([n for n in graph.nodes if name_of(n) == "aten.masked_scatter" and batched(n)], scatters)
     for node in graph.nodes:
         if node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(f"{node.target} in {where(node)} is an operation with a body, which is not supported")
@@ -38,6 +42,14 @@ def check_independent(graph: fx.Graph, preamble: set[fx.Node], local: Collection
             _check_statistics(node, training)
             _check_dimensions(node)
     check_order(graph, preamble, local)
+
+
+def _check_scatters(nodes: list[fx.Node], known: int) -> None:
+    if len(nodes) > known:
+        raise CaptureError(
+            f"{nodes[0].target} in {where(nodes[0])} hands out values to the samples of a batch in turn, by a mask "
+            "that is not known from the batch alone, so a part of the batch would give another result"
+        )
 
 
 def _check_known(node: fx.Node) -> None:

@@ -1,0 +1,64 @@
+"""Find what a forward reads out of the batch, by exporting it with the data of all samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .errors import CaptureError
+from .export import Export
+from .guards import Guards
+from .values import Known, Read
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a forward read out of a batch, for exports of the same step with other numbers of samples."""
+
+    batch: Mapping[str, torch.Tensor]
+    samples: int
+    reads: list[Read]
+    """Those that depend on fields in which samples differ."""
+    guards: Guards
+    uniform: frozenset[str]
+    """Fields in which all samples are alike, or that are the same for all samples."""
+
+    def known(self, samples: int) -> Known:
+        """The answers for `samples` samples, which are the batch's in turn."""
+        order = torch.arange(samples) % self.samples
+        rows = {k: v[order] if _batched(v, self.samples) else v for k, v in self.batch.items()}
+        return Known(rows, samples, self.reads, self.uniform)
+
+
+def answer(batch: Mapping[str, Any], samples: int, export: Callable[..., Export]) -> Answers | None:
+    """What the step reads out of `batch`, of `samples` samples; None where it reads nothing, or has no data to read.
+
+    Raises:
+        CaptureError: where the step cannot be exported with the values either.
+    """
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    if any(t.device.type == "meta" or isinstance(t, FakeTensor) for t in tensors.values()):
+        return None
+    data = {name: value.detach().cpu() for name, value in tensors.items()}
+    known = Known(data, samples)
+    failure: CaptureError | None = None
+    try:
+        export(samples=samples, known=known)
+    except CaptureError as error:
+        failure = error
+    if not known.reads:
+        return None
+    if failure is not None:
+        raise failure
+    alike = frozenset(k for k, v in data.items() if _batched(v, samples) and bool((v == v[:1]).all()))
+    same = frozenset(k for k, v in data.items() if not _batched(v, samples))
+    asked = [read for read in known.reads if not read.fields <= alike | same]
+    return Answers(data, samples, asked, known.guards(alike), alike | same)
+
+
+def _batched(value: torch.Tensor, samples: int) -> bool:
+    return value.dim() > 0 and value.shape[0] == samples
