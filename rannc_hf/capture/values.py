@@ -9,6 +9,7 @@ answered from there, and noted (`guards`): the step captured holds for batches i
 from __future__ import annotations
 
 import contextlib
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from .calls import (
     without_models,
     writes_to_first,
 )
+from .checks import passing
 from .errors import CaptureError, source_line
 from .guards import Call, Guards, Slot
 
@@ -91,6 +93,8 @@ class Known(TorchFunctionMode):
         self.reads: list[Read] = []
         self.scatters = 0
         """Calls of `masked_scatter` found to write to each sample what is its own."""
+        self.checks = 0
+        """Checks of values that are not known, which were taken to pass."""
         self._batch, self._samples, self._answers, self._uniform = batch, samples, answers, uniform
         self._calls: list[Call] = []
         self._slots = 0
@@ -124,7 +128,7 @@ class Known(TorchFunctionMode):
             last.remove()
 
     def _begin(self, arguments: Mapping[str, Any]) -> None:
-        self.reads, self.scatters, self._asked = [], 0, 0
+        self.reads, self.scatters, self.checks, self._asked = [], 0, 0, 0
         self._calls, self._slots, self._inputs = [], 0, {}
         for name, data in self._batch.items():
             if isinstance(arguments.get(name), torch.Tensor):
@@ -160,9 +164,14 @@ class Known(TorchFunctionMode):
         known = [self._get(x) is not None for x in leaves]
         if name in ("masked_scatter", "masked_scatter_"):
             self._check_scatter(**(dict(zip(("table", "mask", "source"), args)) | kwargs))
-        if name in ("__getitem__", "__setitem__", "masked_select") and any(known):
+        elif name in ("__getitem__", "__setitem__", "masked_select") and any(known):
             done, result = self._by_mask(name, args)
             if done:
+                return result
+        elif func is torch.Tensor.__bool__ and not known[0]:
+            result = passing(sys._getframe(1))
+            if result is not None:
+                self.checks += 1
                 return result
         if leaves and all(known):
             if func in READS:

@@ -144,3 +144,28 @@ def test_values_changed_in_place_are_followed() -> None:
     assert graph.guards is not None and graph.guards.values == (10,)
     assert graph.guards.hold({**batch, "lengths": LENGTHS + 4})
     assert not graph.guards.hold({**batch, "lengths": LENGTHS + 5})
+
+
+def test_checks_of_activations_are_taken_to_pass() -> None:
+    def body(net: Net, x: torch.Tensor) -> Any:
+        h = net.first(x).exp()
+        assert h.isnan().sum() == 0 and (h > 0).all()
+        if (h[:, 0] < 0).any() or not (h >= 0).all():
+            raise ValueError("negative")
+        return -torch.distributions.Normal(net.second(h), h).log_prob(x).mean()
+
+    graph = check(Net(body), {"x": numbers()})
+    assert graph.guards is not None and graph.guards.hold({"x": numbers(seed=1)})
+
+
+def test_branches_beside_checks_are_refused() -> None:
+    def body(net: Net, x: torch.Tensor) -> Any:
+        h = net.first(x)
+        if (h > 0).all():
+            return net.second(h).sum()
+        if h.isnan().any():
+            raise ValueError("not a number")
+        return net.second(-h).sum()
+
+    with pytest.raises(CaptureError, match="data-dependent"):
+        capture(Net(body), {"x": numbers()})
