@@ -170,6 +170,9 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
+        if options.synthetic:
+            # There are few documents, and two of them are needed for the held-out part.
+            options.set.append("data.held_out=0.1")
         options.config = changed(options, folder)
         data = options.data
         if options.synthetic:
