@@ -27,7 +27,7 @@ from rannc_hf.engine.parameters.store import ParameterStore
 from rannc_hf.engine.planning import find_plan_here
 from rannc_hf.engine.program import place
 from rannc_hf.engine.runtime import Runtime, describe_shapes, separate_random_state
-from rannc_hf.engine.setup import capture_agreed, check_trained, plan_agreed
+from rannc_hf.engine.setup import capture_agreed, check_trained, default_transport, plan_agreed
 from rannc_hf.engine.specialised import Specialised
 from rannc_hf.engine.split import Driver, split_outputs
 from rannc_hf.engine.transport import Transport
@@ -83,7 +83,7 @@ class RanncModel(nn.Module):
         object.__setattr__(self, "module", module)
         self.module: nn.Module
         self.config, self.device, self.compute_dtype = config, device, compute_dtype
-        self.transport = transport if transport is not None else _default_transport(config, device)
+        self.transport = transport if transport is not None else default_transport(config, device)
         self.plan: Plan | None = None
         self._planner = planner
         self._on_plan = on_plan
@@ -392,13 +392,3 @@ class _Publish(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None]:
         ctx.model.publish(gradients[0], ctx.step)
         return None, None, None, None
-
-
-def _default_transport(config: RanncConfig, device: torch.device) -> Transport:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from rannc_hf.engine.transport.distributed import DistributedTransport
-
-        return DistributedTransport(config.timeout_s, device)
-    from rannc_hf.engine.transport.local import LocalWorld
-
-    return LocalWorld(1, config.timeout_s).transports[0]

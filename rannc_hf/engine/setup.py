@@ -141,3 +141,14 @@ def plan_agreed(
 def message_of(error: Exception) -> str:
     """What the other ranks are told."""
     return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+
+
+def default_transport(config: RanncConfig, device: torch.device) -> Transport:
+    """Between the processes of torch.distributed; where there are none, this one alone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from rannc_hf.engine.transport.distributed import DistributedTransport
+
+        return DistributedTransport(config.timeout_s, device)
+    from rannc_hf.engine.transport.local import LocalWorld
+
+    return LocalWorld(1, config.timeout_s).transports[0]
