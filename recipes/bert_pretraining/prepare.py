@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,32 +78,43 @@ def prepare(
 def _begun(output: Path, tokenizer: PreTrainedTokenizerBase, held_out: float, pieces: list[Piece]) -> Iterator[None]:
     """Locks the folder and writes what is to be prepared there, or checks that it is the same."""
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer_folder = output / f".tokenizer.{os.getpid()}"
-    tokenizer.save_pretrained(tokenizer_folder)
-    what = {
-        "format": FORMAT,
-        "held_out": held_out,
-        "tokenizer": _fingerprint(tokenizer_folder),
-        "pieces": [asdict(piece) for piece in pieces],
-    }
-    path = output / "preparation.json"
-    if not path.is_file():
-        write_json(path, what)
-    with path.open() as file:
-        _lock(file.fileno(), output)
-        found = json.load(file)
-        other = [key for key in what if found.get(key) != what[key]]
-        if other:
-            shutil.rmtree(tokenizer_folder)
-            raise ValueError(
-                f"{output}: was prepared with other {', '.join(other)} (see {path.name} there); "
-                "name another --output or delete the folder"
-            )
-        if (output / "tokenizer").exists():
-            shutil.rmtree(tokenizer_folder)
-        else:
-            os.replace(tokenizer_folder, output / "tokenizer")
-        yield
+    with TemporaryDirectory() as saved:
+        tokenizer.save_pretrained(saved)
+        what = {
+            "format": FORMAT,
+            "held_out": held_out,
+            "tokenizer": _fingerprint(Path(saved)),
+            "pieces": [asdict(piece) for piece in pieces],
+        }
+        path = output / "preparation.json"
+        if not path.is_file():
+            write_json(path, what)
+        with path.open() as file:
+            _lock(file.fileno(), output)
+            found = json.load(file)
+            other = [key for key in what if found.get(key) != what[key]]
+            if other:
+                raise ValueError(
+                    f"{output}: was prepared with other {', '.join(other)} (see {path.name} there); "
+                    "name another --output or delete the folder"
+                )
+            _remove_rests(output)
+            if not (output / "tokenizer").exists():
+                aside = output / f".tokenizer.{os.getpid()}"
+                shutil.copytree(saved, aside)
+                os.replace(aside, output / "tokenizer")
+            _encoder.cache_clear()
+            yield
+
+
+def _remove_rests(output: Path) -> None:
+    """Removes what was being written when the preparation was stopped before."""
+    for pattern in (".*", "shards/.*", "samples/*/.*"):
+        for rest in output.glob(pattern):
+            if rest.is_dir():
+                shutil.rmtree(rest)
+            else:
+                rest.unlink()
 
 
 def _lock(handle: int, output: Path) -> None:
@@ -122,10 +134,8 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _is_done(output: Path, number: int) -> bool:
-    """Whether a shard is whole. What is left of one that is not, or of one that was being written, is removed."""
+    """Whether a shard is whole; what is left of one that is not is removed."""
     place = shard_path(output, number)
-    for rest in place.parent.glob(f".{place.name}.*"):
-        shutil.rmtree(rest)
     try:
         check_sizes(place, read_counts(place).files)
     except (ValueError, OSError):
@@ -189,7 +199,9 @@ def cut_samples(corpus: Corpus, settings: DataSettings, workers: int) -> None:
     _check_documents(corpus)
     numbers = range(len(corpus.shards))
     left = [n for n in numbers if not (folder / rows_name(SPLITS[-1], n)).is_file()]
-    for _ in in_processes(partial(cut_shard, corpus, settings), left, workers, "cutting samples"):
+    # Cutting needs no counts: with them each shard's job would carry those of all.
+    plain = Corpus(corpus.folder, corpus.held_out, [])
+    for _ in in_processes(partial(cut_shard, plain, settings), left, workers, "cutting samples"):
         pass
     names = [rows_name(split, number) for split in SPLITS for number in numbers]
     samples = {split: [len(np.load(folder / rows_name(split, n), mmap_mode="r")) for n in numbers] for split in SPLITS}
@@ -209,6 +221,7 @@ def _check_documents(corpus: Corpus) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a file of configs/")
+    parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="change the config")
     parser.add_argument("--source", required=True, nargs="+", help="see corpus.py")
     parser.add_argument("--text-column", default="text", help="field that holds the text")
     parser.add_argument("--tokenizer", required=True, help="folder that train_tokenizer.py wrote, or a name on the hub")
@@ -221,7 +234,7 @@ def main() -> None:
     # Imported here: the processes that tokenize import this file, and most need no Transformers.
     from transformers import AutoTokenizer
 
-    phases = [phase.data for phase in Recipe.load(args.config).phases()]
+    phases = [phase.data for phase in Recipe.load(args.config, args.set).phases()]
     corpus = prepare(
         args.source,
         AutoTokenizer.from_pretrained(args.tokenizer),

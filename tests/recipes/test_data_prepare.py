@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import gzip
 import json
 import shutil
@@ -34,7 +35,7 @@ from settings import DataSettings
 
 class Tokenizer:
     def save_pretrained(self, folder):
-        shutil.copytree(tokenizer, folder)
+        shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
 
 # So small that even the smallest corpus fills some.
 prepare._BATCH_CHARACTERS = 1 << 15
@@ -101,7 +102,9 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(
     with pytest.raises(ValueError, match="its preparation has not ended; run prepare"):
         Corpus.load(folder)
     # What is left of a shard that was being written, and one that lost its end, are made anew.
-    (folder / "shards" / ".00004.123").mkdir(exist_ok=True)
+    (folder / "shards" / ".00004.123").mkdir()
+    (folder / "samples" / "32-nsp-x1").mkdir(parents=True)
+    (folder / "samples" / "32-nsp-x1" / ".train-00000.npy.123").touch()
     broken = min(done)
     (folder / "shards" / broken / "tokens.npy").write_bytes(b"")
     prepare([source], tokenizer, phases, folder, piece_bytes=PIECE_BYTES)
@@ -126,7 +129,11 @@ def test_another_preparation_is_not_mixed_in(whole, source, tokenizer, phases, t
         prepare([source], tokenizer, other, whole, piece_bytes=PIECE_BYTES)
     with pytest.raises(ValueError, match="was prepared with other pieces"):
         prepare([source], tokenizer, phases, whole, piece_bytes=2 * PIECE_BYTES)
-    assert not [path for path in whole.iterdir() if path.name.startswith(".")]
+    with (whole / "preparation.json").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="at work on this folder"):
+            prepare([source], tokenizer, phases, whole, piece_bytes=PIECE_BYTES)
+    assert not list(whole.rglob(".*"))
     lines = [{"text": f"Text {i}."} for i in range(3)]
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ValueError, match="each part needs two"):
