@@ -58,8 +58,6 @@ def resnet() -> nn.Module:
 
 
 PLANS = [
-    ((1,), "1f1b", "none", 1),
-    ((1, 1), "gpipe", "blocks", 1),
     ((3,), "1f1b", "none", 1),
     ((1, 3), "1f1b", "blocks", 1),
     ((2, 1, 1), "1f1b", "none", 1),
