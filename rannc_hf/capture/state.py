@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 
 from .errors import CaptureError
+
+_lending = threading.local()
 
 
 @contextlib.contextmanager
@@ -45,6 +48,11 @@ def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
     return found
 
 
+def state_is_lent() -> bool:
+    """Whether a model runs with lent parameters in this thread: it does not need its own."""
+    return getattr(_lending, "depth", 0) > 0
+
+
 @contextlib.contextmanager
 def lent_state(model: nn.Module, make: Callable[[torch.Tensor, nn.Module, str], torch.Tensor]) -> Iterator[None]:
     """Put others in the place of all parameters and buffers; undo it, and all else done to the model, at the end.
@@ -66,7 +74,11 @@ def lent_state(model: nn.Module, make: Callable[[torch.Tensor, nn.Module, str], 
                 # Recurrent layers keep their weights in a list beside the parameters.
                 names = module._flat_weights_names
                 module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in names]
-        yield
+        _lending.depth = getattr(_lending, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            _lending.depth -= 1
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rannc_hf.capture.state import state_is_lent
 from rannc_hf.cost.devices import GIB
 from rannc_hf.cost.machine import free_memory
 from rannc_hf.engine.deferred import become, is_deferred
@@ -245,7 +246,7 @@ class _Guard:
                 part.register_forward_pre_hook(self._check, prepend=True)
 
     def _check(self, module: nn.Module, args: Any) -> None:
-        if self.lifted or torch.compiler.is_exporting():
+        if self.lifted or state_is_lent():
             return
         raise RuntimeError(
             "this process holds only a part of the model's parameters, so that the module itself cannot run. For its "

@@ -15,7 +15,8 @@ from rannc_hf.capture.serialize import save_graph
 from rannc_hf.cost.analytic import block_cost
 from rannc_hf.cost.devices import device
 from rannc_hf.cost.measure import measured_costs
-from tests.parity.harness import check
+from rannc_hf.engine.model import RanncModel
+from tests.parity.harness import check, on_ranks, pipelined, plain, planner, shards
 
 WIDTH, LENGTH, WORDS = 8, 6, 20
 
@@ -54,6 +55,11 @@ class Longest(nn.Module):
         return torch.stack(rows)
 
 
+class Dropped(Longest):
+    def __init__(self) -> None:
+        super().__init__(dropout=0.3)
+
+
 class Cube(torch.autograd.Function):
     """Its backward is not that of its forward."""
 
@@ -81,14 +87,14 @@ class Layer(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.inner: Any = {"experts": Experts, "recurrent": Longest, "function": Cubed}[kind]()
+        self.inner: Any = {"experts": Experts, "recurrent": Longest, "function": Cubed, "dropped": Dropped}[kind]()
         self.kind = kind
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         y = self.norm(x)
         if self.kind == "experts":
             return x + self.inner(y, scale=2.0)[0]
-        return x + (self.inner(y, lengths) if self.kind == "recurrent" else self.inner(y))
+        return x + (self.inner(y, lengths) if self.kind in ("recurrent", "dropped") else self.inner(y))
 
 
 class Net(nn.Module):
@@ -199,3 +205,34 @@ def test_a_loss_that_is_no_sum_over_samples_is_refused():
     model, batch = spelled("tokens")
     with pytest.raises(CaptureError, match=r"neither a sum nor a mean"):
         capture(model, batch)
+
+
+def test_dropout_inside_is_the_same_when_it_is_computed_again():
+    model, batch = net("dropped", "dropped"), batch_of(6)
+    kept, again = (pipelined(model, batch, (2, 1), planner((2, 1), 2, "1f1b", r), 1) for r in ("none", "blocks"))
+    assert kept.losses == again.losses and kept.losses != plain(model, batch, 1).losses
+    for name, gradient in kept.gradients.items():
+        assert torch.equal(gradient, again.gradients[name]), name  # type: ignore[arg-type]
+
+
+def test_evaluation_and_other_lengths_after_the_parameters_were_placed():
+    model, batch = net("experts", "recurrent"), batch_of(4)
+    short = {k: v[:, :4] if v.dim() > 1 else v.clamp(max=4) for k, v in batch.items()}
+    parts, shorts = shards(batch, 3), shards(short, 3)
+
+    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> tuple[float, torch.Tensor]:
+        wrapped(**parts[rank])[0].backward()
+        loss = float(wrapped(**shorts[rank])[0])
+        return loss, wrapped.eval()(**shorts[rank])[1]
+
+    results = on_ranks(model, 3, planner((1, 2), 2), run)
+    loss, _ = model(**short)
+    assert all(abs(found - float(loss)) <= 1e-9 for found, _ in results)
+    assert torch.allclose(torch.cat([part for _, part in results]), model.eval()(**short)[1], rtol=0, atol=1e-9)
+
+
+def test_a_model_without_memory():
+    with torch.device("meta"):
+        model = Net("experts", "recurrent")
+    graph = capture(model.train(), batch_of(4), dtype=torch.bfloat16)
+    assert set(graph.opaque) == {"layers.0.inner#0", "layers.1.inner#0"}

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..watch import register_outputs
 from .template import tensors_in
 
 
@@ -91,10 +92,12 @@ class Recorder:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if self._parts is None or self._inside:
                 return forward(*args, **kwargs)
+            register_outputs((args, kwargs))
             event = self._event(path, (args, kwargs))
             self._inside = True
             result = forward(*args, **kwargs)
             self._inside = False
+            register_outputs(result)
             event.result = _copies(result)
             numbers = self._number(tensors_in(result))
             self._parts.results.append(numbers)

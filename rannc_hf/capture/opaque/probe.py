@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from ..ambient import no_autocast, plain_context
 from ..errors import CaptureError, plain_reason
 from ..state import lent_state, tensor_of
+from ..watch import register_outputs
 from .parts import Parts, Recorder
 
 _NOISE = 1_000_003
@@ -85,12 +86,14 @@ def _record(module: nn.Module, path: str, in_parts: bool, calls: list[Call], dev
     recorder = Recorder(module, lambda: generator_state(device)) if in_parts else None
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
+        register_outputs((args, kwargs))
         call = Call(path, copies((args, kwargs)))
         if recorder is not None:
             recorder.begin((args, kwargs))
         versions = [(name, t, t._version) for name, t in _written_to(module, (args, kwargs))]
         before = _generators(device)
         outputs = forward(*args, **kwargs)
+        register_outputs(outputs)
         after = _generators(device)
         call.draws, call.draws_elsewhere = before[0] != after[0], before[1:] != after[1:]
         if recorder is not None:
