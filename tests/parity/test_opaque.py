@@ -125,10 +125,10 @@ def batch_of(samples: int) -> dict[str, torch.Tensor]:
     return {"ids": ids, "lengths": lengths, "labels": labels}
 
 
-@pytest.mark.parametrize("kind", ["experts", "recurrent", "function"])
-@pytest.mark.parametrize(("replicas", "recompute"), [((1, 1), "none"), ((2, 1), "blocks"), ((1, 1, 1, 1), "blocks")])
-def test_gradients_are_those_of_plain_training(kind: str, replicas: tuple[int, ...], recompute: str):
-    check(net(*[kind] * 4), batch_of(9), replicas, microbatches=3, recompute=recompute, steps=2)
+@pytest.mark.parametrize(("replicas", "recompute"), [((2, 1), "none"), ((1, 1, 1, 1), "blocks")])
+def test_gradients_are_those_of_plain_training(replicas: tuple[int, ...], recompute: str):
+    model = net("experts", "function", "recurrent", "experts")
+    check(model, batch_of(9), replicas, microbatches=3, recompute=recompute, steps=2)
 
 
 def test_costs_count_what_runs_inside():
