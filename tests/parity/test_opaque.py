@@ -208,8 +208,8 @@ def test_a_loss_that_is_no_sum_over_samples_is_refused():
 
 
 def test_dropout_inside_is_the_same_when_it_is_computed_again():
-    model, batch = net("dropped", "dropped"), batch_of(6)
-    kept, again = (pipelined(model, batch, (2, 1), planner((2, 1), 2, "1f1b", r), 1) for r in ("none", "blocks"))
+    model, batch = net("dropped"), batch_of(6)
+    kept, again = (pipelined(model, batch, (2,), planner((2,), 2, "1f1b", r), 1) for r in ("none", "blocks"))
     assert kept.losses == again.losses and kept.losses != plain(model, batch, 1).losses
     for name, gradient in kept.gradients.items():
         assert torch.equal(gradient, again.gradients[name]), name  # type: ignore[arg-type]
