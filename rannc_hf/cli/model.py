@@ -19,6 +19,7 @@ from rannc_hf.capture.graph import Graph
 from rannc_hf.capture.passes.masks import MASK_FIELDS
 from rannc_hf.capture.serialize import load_graph, save_graph
 from rannc_hf.cost.choose import graph_to_run
+from rannc_hf.cost.largest import most_labelled
 from rannc_hf.integrations.models import LABELLED, MODELS, TASKS, build_model, example_batch, identity
 from rannc_hf.partition.cluster import Cluster
 
@@ -31,9 +32,11 @@ _CAPTURE = ("capture", "integrations/models.py")
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph, and whether it was found on disk: "hit", "miss", or "off"."""
+    """A graph, the largest variant of it, and whether it was found on disk: "hit", "miss", or "off"."""
 
     graph: Graph
+    largest: Graph
+    """With masks, and the head on the most rows that have a label: what memory must suffice for."""
     cache: str
 
 
@@ -62,10 +65,15 @@ def unpadded_graph(args: argparse.Namespace) -> Captured:
     if args.cluster and not args.dtype:
         # The first of equally fast ones.
         dtype = max(_DTYPES.values(), key=Cluster.parse(args.cluster).device.rate)
-    captured = _captured(args, dtype)
+    graph, cache = _captured(args, dtype)
     share = LABELLED.get(args.task)
-    labelled = None if share is None else lambda head: share
-    return Captured(graph_to_run(captured.graph, MASK_FIELDS, labelled), captured.cache)
+    if share is None:
+        return Captured(graph_to_run(graph, MASK_FIELDS), graph_to_run(graph, ()), cache)
+    return Captured(
+        graph_to_run(graph, MASK_FIELDS, lambda head: share),
+        graph_to_run(graph, (), lambda head: most_labelled([round(share * head.rows)], head.rows)),
+        cache,
+    )
 
 
 def versions() -> dict[str, str]:
@@ -73,10 +81,11 @@ def versions() -> dict[str, str]:
     return {name: _version(name) for name in ("rannc_hf", "torch", "transformers")}
 
 
-def _captured(args: argparse.Namespace, dtype: torch.dtype) -> Captured:
+def _captured(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Graph, str]:
+    """The graph, and whether it was found on disk."""
     overrides = _overrides(args.set)
     if args.no_cache:
-        return Captured(_capture(args, overrides, dtype), "off")
+        return _capture(args, overrides, dtype), "off"
     what = {
         "model": identity(args.model),
         "set": overrides,
@@ -90,7 +99,7 @@ def _captured(args: argparse.Namespace, dtype: torch.dtype) -> Captured:
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_directory() / "graphs" / f"{file_name(Path(args.model).name)}-{digest}.safetensors"
     try:
-        return Captured(load_graph(path, key), "hit")
+        return load_graph(path, key), "hit"
     except FileNotFoundError:
         pass
     except ValueError as error:
@@ -100,7 +109,7 @@ def _captured(args: argparse.Namespace, dtype: torch.dtype) -> Captured:
         save_graph(graph, path, key)
     except ValueError as error:
         logger.warning("rannc cache: the captured graph is not kept: %s", error)
-    return Captured(graph, "miss")
+    return graph, "miss"
 
 
 def _capture(args: argparse.Namespace, overrides: dict[str, Any], dtype: torch.dtype) -> Graph:

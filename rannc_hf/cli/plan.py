@@ -17,6 +17,7 @@ from rannc_hf.cli.model import Captured, add_model_options, unpadded_graph, vers
 from rannc_hf.config import DECIDED, RanncConfig
 from rannc_hf.cost.cache import Hits
 from rannc_hf.cost.choose import costs_of
+from rannc_hf.cost.largest import with_room
 from rannc_hf.cost.table import CostTable
 from rannc_hf.partition.cluster import Cluster
 from rannc_hf.partition.plan import Plan
@@ -98,6 +99,7 @@ def _make(args: argparse.Namespace, given: Plan | None, started: float) -> _Plan
         given.check(graph, cluster.size)
     # "auto" measures where training runs; here the devices need not exist.
     costs, hits = _costs(graph, cluster, args, batch_size, "measured" if kind == "measured" else "analytic")
+    costs, graph = with_room(costs, graph, captured.largest), captured.largest
     if given is None:
         plan = find_plan(graph, costs, cluster, batch_size, config)
     else:

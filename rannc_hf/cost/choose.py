@@ -16,6 +16,7 @@ from rannc_hf.capture.passes.sparse_head import SparseHead, sparse_head
 from rannc_hf.cost.analytic import analytic_costs
 from rannc_hf.cost.cache import CostCache, Hits
 from rannc_hf.cost.devices import Device
+from rannc_hf.cost.largest import most_labelled
 from rannc_hf.cost.measure import measured_costs
 from rannc_hf.cost.table import BlockCost, CostTable
 
@@ -45,15 +46,28 @@ def graph_to_run(
 
 def labelled_share(graph: Graph, batch: Mapping[str, torch.Tensor], samples: int, head: SparseHead) -> float:
     """The share of a head's rows that have a label in `batch`, fields of `samples` samples on one device."""
+    labels = _labels(graph, batch, samples, head)
+    return sum(labels) / (samples * head.rows) if labels else 1.0
+
+
+def most_labelled_share(graph: Graph, batch: Mapping[str, torch.Tensor], samples: int, head: SparseHead) -> float:
+    """The largest share of a head's rows with a label that is expected of slices of batches like `batch`."""
+    labels = _labels(graph, batch, samples, head)
+    return most_labelled(labels, head.rows) if labels else 1.0
+
+
+def _labels(graph: Graph, batch: Mapping[str, torch.Tensor], samples: int, head: SparseHead) -> list[int]:
+    """How many rows of each sample have a label; empty where that is not known before the step."""
     placeholders = {field: placeholder for placeholder, field in graph.batch_inputs.items()}
     device = next(iter(batch.values())).device
     function, inputs = preamble_function(head.graph, (head.target,), samples, device)
     known = {placeholders[f]: v for f, v in batch.items() if f in placeholders}
     known |= {name: value.to(device) for name, value in graph.constants.items()}
     if not all(name in known for name in inputs):
-        return 1.0
+        return []
     (target,) = function(*[known[name] for name in inputs])
-    return float(head.labelled(target)) / max(1, target.numel())
+    found: list[int] = head.labelled_by_sample(target).tolist()
+    return found
 
 
 def compiled_costs(

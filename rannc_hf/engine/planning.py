@@ -12,7 +12,8 @@ from rannc_hf.capture import Graph
 from rannc_hf.capture.compiled import NotCompiled
 from rannc_hf.capture.graph import Block
 from rannc_hf.config import RanncConfig
-from rannc_hf.cost.choose import compiled_costs, costs_of, graph_to_run, labelled_share
+from rannc_hf.cost.choose import compiled_costs, costs_of, graph_to_run, labelled_share, most_labelled_share
+from rannc_hf.cost.largest import with_room
 from rannc_hf.cost.table import CostTable
 from rannc_hf.engine.batch import GlobalBatch
 from rannc_hf.engine.functions import wants_compiled
@@ -44,7 +45,8 @@ def find_plan_here(
     """The best plan for training `graph` with batches like `batch` on `world_size` devices like `device`.
 
     Costs are taken of what the steps will run: without attention masks where the batch has no padding, the head on as
-    many rows as have a label, and compiled blocks where the engine compiles them.
+    many rows as have a label, and compiled blocks where the engine compiles them. Memory suffices for later batches
+    that have padding, or more labels (`cost.largest`).
 
     Raises:
         ValueError: when options of `config` cannot be met; `PlanError` when nothing fits into memory.
@@ -52,17 +54,27 @@ def find_plan_here(
     cluster = cluster_here(world_size, device)
     tensors = {name: value for name, value in batch.fields.items() if isinstance(value, torch.Tensor)}
     # Where the script computes the loss, the outputs have all rows.
-    labelled = None if graph.split else partial(labelled_share, graph, tensors, batch.samples)
-    running = graph_to_run(graph, batch.unpadded, labelled)
+    usual, most = (
+        None if graph.split else partial(share, graph, tensors, batch.samples)
+        for share in (labelled_share, most_labelled_share)
+    )
+    running = graph_to_run(graph, batch.unpadded, usual)
+    largest = graph_to_run(graph, (), most)
     costs, _ = costs_of(running, cluster.device, device, batch.samples, config.costs)
-    plan = find_plan(running, costs, cluster, batch.samples, config)
+    plan = find_plan(largest, with_room(costs, running, largest), cluster, batch.samples, config)
     if costs.source == "measured" and wants_compiled(config, device):
-        return _with_compiled_costs(plan, running, costs, cluster, config, device)
+        return _with_compiled_costs(plan, running, largest, costs, cluster, config, device)
     return plan
 
 
 def _with_compiled_costs(
-    plan: Plan, graph: Graph, costs: CostTable, cluster: Cluster, config: RanncConfig, device: torch.device
+    plan: Plan,
+    graph: Graph,
+    largest: Graph,
+    costs: CostTable,
+    cluster: Cluster,
+    config: RanncConfig,
+    device: torch.device,
 ) -> Plan:
     """The best plan by the costs of compiled blocks, which are measured only at the sizes that plans have."""
     sizes: dict[int, dict[str, Block]] = {}
@@ -83,5 +95,5 @@ def _with_compiled_costs(
         except NotCompiled as error:
             logger.warning("rannc: planned with the costs of uncompiled blocks: %s", error)
             break
-        plan = find_plan(graph, compiled, cluster, plan.batch_size, config)
+        plan = find_plan(largest, with_room(compiled, graph, largest), cluster, plan.batch_size, config)
     return plan

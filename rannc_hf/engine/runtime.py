@@ -13,6 +13,7 @@ from torch import nn
 from rannc_hf.capture.graph import Graph
 from rannc_hf.capture.passes.masks import unmask
 from rannc_hf.config import RanncConfig
+from rannc_hf.cost.devices import GIB
 from rannc_hf.engine.batch import GlobalBatch
 from rannc_hf.engine.buffers import UpdatedBuffers
 from rannc_hf.engine.delivery import deliver, find_routes, output_channels
@@ -100,7 +101,8 @@ class Runtime:
         everyone = [counts] * len(microbatches)
         step = Step(compute, microbatches, inputs, batched, everyone, number, train=True, scale=scale)
         self.store.begin_step()
-        self.executor.run(self._instructions(sizes), step)
+        with self._room_explained():
+            self.executor.run(self._instructions(sizes), step)
         self.buffers.write(step.batch)
         self.ran_once()
         assert self.graph.loss is not None
@@ -109,6 +111,21 @@ class Runtime:
             loss += step.losses[index]
         self.transport.all_reduce(loss, self.transport.everyone, "the loss").wait()
         return loss
+
+    @contextlib.contextmanager
+    def _room_explained(self) -> Iterator[None]:
+        """Say what the plan predicts where a step finds no memory."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            needs = max((self.plan.stages[s].predicted_memory_bytes for s in self.stages), default=0)
+            runs = ", ".join(f"stages[{s}]" for s in self.stages) or "no stage"
+            error.add_note(
+                f"rannc: rank {self.transport.rank} runs {runs} of the plan, for which it predicts {needs / GIB:.4g} "
+                "GiB, with AdamW and batches as long as the first. Begin with the "
+                "longest batch, or leave more room by a lower `memory_limit_gib` or `recompute: blocks`"
+            )
+            raise
 
     def evaluate(self, batch: GlobalBatch, number: int) -> dict[str, torch.Tensor]:
         """Outputs by path for this rank's own samples; the loss is that of this rank's samples."""

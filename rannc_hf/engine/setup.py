@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 _told: set[str] = set()
 """What has been said: a model is captured again for other shapes."""
 
+_NOTABLE = 1.02
+"""Samples that are larger by this factor than those of the plan are worth a warning."""
+
 
 def agree(transport: Transport, what: str, work: Callable[[], T], signature: Callable[[T], Any] = lambda _: None) -> T:
     """Do `work` on every rank; if it fails on any, or results differ by `signature`, fail alike on all. Collective.
@@ -88,6 +91,14 @@ def check_trained(graph: Graph, planned: Graph, plan: Plan, rank: int) -> None:
             f"this batch trains '{more[0]}' ({len(more)} such parameters), which the first batch did not, and for that "
             "one they were placed: begin with a batch whose outputs or loss use all parameters"
         )
+    larger = _sample_bytes(graph) / max(1, _sample_bytes(planned))
+    if larger > _NOTABLE and rank == 0:
+        logger.warning(
+            "rannc: samples of this batch are %.2f times as large as those that the plan was made for, and need so "
+            "much more memory than it predicts: begin with the longest batch, or plan for it by "
+            "`model.partition(**batch)`",
+            larger,
+        )
     if graph.split and not planned.split and plan.schedule != SPLIT_SCHEDULE and rank == 0:
         logger.warning(
             "rannc: the model returns no loss for this batch, so the loss is the script's: all forwards run before the "
@@ -95,6 +106,11 @@ def check_trained(graph: Graph, planned: Graph, plan: Plan, rank: int) -> None:
             "hold fewer",
             plan.schedule,
         )
+
+
+def _sample_bytes(graph: Graph) -> int:
+    """Bytes of all values of a sample."""
+    return sum(spec.bytes_at(1) for spec in graph.values.values() if spec.batch_dim is not None)
 
 
 def plan_agreed(

@@ -98,7 +98,7 @@ def _blocks(stage: StagePlan, graph: Graph, samples: int, costs: CostTable | Non
     again = 1 if stage.recompute == "blocks" else 0
     own = [costs.of(b, samples) for b in blocks]
     forward = _scaled([c.forward_us for c in own], stage.predicted_forward_us)
-    backward = _scaled([c.backward_us + again * c.forward_us for c in own], stage.predicted_backward_us)
+    backward = _scaled([c.backward_us + again * c.again_us for c in own], stage.predicted_backward_us)
     total = sum(forward) + sum(backward)
     return tuple(
         BlockFacts(b.index, b.name, n, f, r, (f + r) / total if total else 1 / len(blocks))

@@ -16,6 +16,7 @@ from rannc_hf.cost.table import BlockCost, CostTable
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine import planning as module
 from rannc_hf.engine.batch import GlobalBatch
+from rannc_hf.engine.executor import Executor
 from rannc_hf.engine.planning import find_plan_here
 from rannc_hf.engine.transport import LocalWorld
 from tests.parity.harness import CPU
@@ -108,6 +109,37 @@ def test_heads_are_planned_on_the_rows_that_have_a_label(graph):
     find_plan_here(graph, RanncConfig(), gathered(few), CPU, 2).check(graph, 2)
 
 
+def test_memory_suffices_for_padded_batches(graph):
+    """Batches without padding are planned with the memory of those that have some, and the time of their own."""
+    config = RanncConfig(replicas=(2,), microbatches=2)
+    unpadded, padded = (
+        find_plan_here(graph, config, gathered(unpadded=masks), CPU, 2) for masks in (["attention_mask"], [])
+    )
+    needs = [p.stages[0].predicted_memory_bytes for p in (unpadded, padded)]
+    assert needs[0] >= needs[1] and unpadded.step_time_us <= padded.step_time_us
+
+
+def test_larger_samples_and_a_lack_of_memory_are_explained(monkeypatch):
+    warned = []
+    monkeypatch.setattr("rannc_hf.engine.setup.logger.warning", lambda text, *values: warned.append(text % values))
+
+    def body(transport):
+        model = RanncModel(CASE.model(), RanncConfig(length_multiple=1), device=CPU, transport=transport)
+        short = {k: v[:, :4].contiguous() if v.dim() > 1 else v for k, v in BATCH.items()}
+        model(**short).loss.backward()
+        assert not warned
+        model(**BATCH).loss.backward()
+        monkeypatch.setattr(Executor, "run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+        with pytest.raises(torch.OutOfMemoryError, match="no memory") as caught:
+            model(**BATCH)
+        return caught.value.__notes__
+
+    (notes,) = LocalWorld(1).run(body)
+    assert len(notes) == 1 and "rank 0 runs stages[0] of the plan, for which it predicts" in notes[0]
+    (warning,) = warned
+    assert "times as large as those that the plan was made for" in warning
+
+
 def point(samples: int, factor: float) -> BlockCost:
     return BlockCost(samples, *(round(factor * samples * n) for n in (100, 200, 100, 1000, 500, 300)))
 
@@ -145,9 +177,9 @@ def test_plans_for_a_compiling_engine_predict_compiled_blocks(graph, monkeypatch
         return replace(costs, points=points)
 
     monkeypatch.setattr(module, "compiled_costs", compiled)
-    plain = find_plan_here(graph, RanncConfig(costs="measured", microbatches=2, stages=1), gathered(), CPU, 2)
+    plain = find_plan_here(graph, RanncConfig(costs="measured", microbatches=2, replicas=(2,)), gathered(), CPU, 2)
     assert not halved
-    options = RanncConfig(costs="measured", microbatches=2, stages=1, compile=True)
+    options = RanncConfig(costs="measured", microbatches=2, replicas=(2,), compile=True)
     plan = find_plan_here(graph, options, gathered(), CPU, 2)
     assert halved == [{2}]
     assert plan.stages[0].predicted_forward_us == pytest.approx(plain.stages[0].predicted_forward_us / 2)

@@ -59,6 +59,10 @@ class SparseHead:
         """How many rows have a label; `target` is the value of that name. An int64 scalar on its device."""
         return (target != self.tail.ignored).sum()
 
+    def labelled_by_sample(self, target: torch.Tensor) -> torch.Tensor:
+        """How many rows of each sample have a label, [samples]."""
+        return (target != self.tail.ignored).reshape(-1, self.rows).sum(1)
+
     def capacity(self, labelled: int, samples: int) -> int | None:
         """Rows a sample that a variant needs for `labelled` rows in `samples` samples; None where all rows are best."""
         part = -(-self.tail.rows // _PARTS)
