@@ -155,7 +155,7 @@ def changed(options: argparse.Namespace, folder: Path) -> Path:
         last = {**(training.get("phases") or [{}])[-1], "steps": options.steps, "warmup_steps": 0}
         training |= {"phases": [last], "log_every": 1, "checkpoint_every": 0}
     if options.synthetic:
-        # Of few documents.
+        # There are few documents, and two of them are needed for the held-out part.
         content["data"]["held_out"] = 0.1
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
@@ -170,9 +170,6 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        if options.synthetic:
-            # There are few documents, and two of them are needed for the held-out part.
-            options.set.append("data.held_out=0.1")
         options.config = changed(options, folder)
         data = options.data
         if options.synthetic:
