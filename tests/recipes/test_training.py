@@ -152,8 +152,8 @@ def test_the_optimizer_of_a_recipe():
 class Ranks:
     """Stands for the Accelerator of one rank, which gathers what it has and what another rank has."""
 
-    def __init__(self, other):
-        self.other = other
+    def __init__(self, other, scaler=None):
+        self.other, self.scaler = other, scaler
 
     def gather(self, own):
         return torch.cat([own, torch.tensor([next(self.other)])])
@@ -178,6 +178,12 @@ def test_what_is_not_finite_on_any_rank_is_left_out_on_all():
     assert reasons == [None, "the loss is nan", None, "the loss is inf", None]
     reasons, _ = judge([2.0] * 3, norms=[1.0, math.nan, math.inf])
     assert reasons[1:] == ["the norm of the gradients is nan", "the norm of the gradients is inf"]
+
+
+def test_overflows_are_left_to_the_scaler_of_fp16():
+    guard = DivergenceGuard(Ranks(iter([(2.0, math.inf), (math.nan, 1.0)]), scaler=object()), "skip", 6)
+    assert guard.accepts(1, torch.tensor(2.0), torch.tensor(1.0))
+    assert not guard.accepts(2, torch.tensor(2.0), torch.tensor(1.0))
 
 
 def test_sudden_rises_are_told_from_noise_and_falls():
