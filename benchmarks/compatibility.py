@@ -125,7 +125,9 @@ def _preload() -> None:
 def _due(path: Path, again: list[str]) -> bool:
     import json
 
-    return not path.exists() or json.loads(path.read_text())["bucket"] in again
+    from survey.records import UNFINISHED
+
+    return not path.exists() or json.loads(path.read_text())["bucket"] in (UNFINISHED, *again)
 
 
 if __name__ == "__main__":

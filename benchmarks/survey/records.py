@@ -11,7 +11,7 @@ from typing import Any
 EQUAL, REFUSED, MISMATCH, TIMEOUT = "equal", "refused", "MISMATCH", "timeout"
 SCRIPT = "equal, loss in the script"
 ERROR, UNTRAINED, NO_HEAD, RANDOM = "error", "does not train plainly", "no head that trains", "random"
-PLAIN = "trains plainly"
+PLAIN, UNFINISHED = "trains plainly", "unfinished"
 BUCKETS = (EQUAL, SCRIPT, REFUSED, ERROR, MISMATCH, TIMEOUT, RANDOM, UNTRAINED, NO_HEAD)
 COUNTED = (EQUAL, SCRIPT, REFUSED, ERROR, MISMATCH, TIMEOUT)
 """Buckets of the models that train in one process."""

@@ -8,14 +8,15 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from .records import BUCKETS, COUNTED, EQUAL, SCRIPT
+from .records import BUCKETS, COUNTED, EQUAL, SCRIPT, UNFINISHED
 
 Record = dict[str, Any]
 
 
 def load(output: Path) -> list[Record]:
-    """All records of a folder, by type."""
-    return [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
+    """All finished records of a folder, by type."""
+    records = [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
+    return [r for r in records if r["bucket"] != UNFINISHED]
 
 
 def counts(records: list[Record]) -> dict[str, int]:

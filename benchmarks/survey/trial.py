@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from .plain import find_subject
-from .records import PLAIN, TIMEOUT, Save, Trial
+from .records import PLAIN, UNFINISHED, Save, Trial
 from .stages import LAYOUTS, train_in_stages
 
 
@@ -18,7 +18,7 @@ def try_type(model_type: str, save: Save, stages: Sequence[str] = tuple(LAYOUTS)
     trial = Trial(model_type, save, verbose)
     start = time.process_time()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    trial.note(type=model_type, bucket=TIMEOUT, phase="plain", versions=versions)
+    trial.note(type=model_type, bucket=UNFINISHED, phase="plain", versions=versions)
     subject = find_subject(trial)
     if subject is not None and not stages:
         trial.note(bucket=PLAIN)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import compatibility  # noqa: E402
 from survey.pool import path_of, run_all, write  # noqa: E402
-from survey.records import EQUAL, MISMATCH, REFUSED, UNTRAINED  # noqa: E402
+from survey.records import EQUAL, MISMATCH, REFUSED, UNFINISHED, UNTRAINED  # noqa: E402
 from survey.summary import load, share, summary  # noqa: E402
 from survey.table import short, versions, write_table  # noqa: E402
 
@@ -49,8 +49,9 @@ def test_a_process_that_hangs_or_fails_is_a_result(tmp_path: Path):
 def test_what_is_done_is_not_run_again(tmp_path: Path):
     write(path_of(tmp_path, "a"), record("a", EQUAL))
     write(path_of(tmp_path, "b"), record("b", REFUSED))
-    assert [n for n in "abc" if compatibility._due(path_of(tmp_path, n), [])] == ["c"]
-    assert [n for n in "abc" if compatibility._due(path_of(tmp_path, n), [REFUSED])] == ["b", "c"]
+    write(path_of(tmp_path, "c"), record("c", UNFINISHED))
+    assert [n for n in "abcd" if compatibility._due(path_of(tmp_path, n), [])] == ["c", "d"]
+    assert [n for n in "abcd" if compatibility._due(path_of(tmp_path, n), [REFUSED])] == ["b", "c", "d"]
 
 
 def test_page(tmp_path: Path):
