@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,13 +153,9 @@ class Graph:
         """Whether a part of `block` could not be captured: the block is not compiled."""
         return not self._opaque_nodes.isdisjoint(block.nodes)
 
-    @property
+    @cached_property
     def _opaque_nodes(self) -> frozenset[str]:
-        cached: frozenset[str] | None = self.__dict__.get("_opaque_cache")
-        if cached is None:
-            cached = frozenset(n.name for n in self.fx_graph.nodes if is_opaque(n)) if self.opaque else frozenset()
-            self.__dict__["_opaque_cache"] = cached
-        return cached
+        return frozenset(n.name for n in self.fx_graph.nodes if is_opaque(n)) if self.opaque else frozenset()
 
     @property
     def differentiated(self) -> tuple[str, ...]:
@@ -172,9 +169,16 @@ class Graph:
 
         The others' `.grad` stays None, as in plain training.
         """
+        return self._trained if values is None else self._sources(values)
+
+    @cached_property
+    def _trained(self) -> frozenset[str]:
+        return self._sources(self.differentiated)
+
+    def _sources(self, values: Collection[str]) -> frozenset[str]:
         by_name = {n.name: n for n in self.fx_graph.nodes}
         seen: set[fx.Node] = set()
-        stack = [by_name[name] for name in (self.differentiated if values is None else values)]
+        stack = [by_name[name] for name in values]
         while stack:
             node = stack.pop()
             if node not in seen and node.meta.get("needs_grad"):
@@ -197,13 +201,9 @@ class Graph:
                         found.add(self.parameter_inputs[value.name])
         return frozenset(found)
 
-    @property
+    @cached_property
     def _producers(self) -> dict[str, int]:
-        cached: dict[str, int] | None = self.__dict__.get("_producer_cache")
-        if cached is None:
-            cached = {n: b.index for b in self.blocks for n in b.nodes}
-            self.__dict__["_producer_cache"] = cached
-        return cached
+        return {n: b.index for b in self.blocks for n in b.nodes}
 
     def __str__(self) -> str:
         unique = len({b.key for b in self.blocks})
