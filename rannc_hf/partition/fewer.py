@@ -11,23 +11,27 @@ from dataclasses import replace
 
 from rannc_hf.partition.problem import Problem
 from rannc_hf.partition.schedules import INTERLEAVED
-from rannc_hf.partition.space import COLUMNS, microbatch_counts
+from rannc_hf.partition.space import microbatch_counts
+
+_QUICK = 2000
+"""Devices times blocks up to which a search takes a second or less, so that many can be made."""
 
 
 def parts(problem: Problem) -> Iterator[Problem]:
     """The same problem on fewer devices, most devices first.
 
-    All parts of up to `COLUMNS` devices; above, all or a power of two of the nodes, and of the devices of each.
+    All parts where a search is quick; else those with all or a power of two of the nodes, and of the devices of each.
     """
     cluster, config = problem.cluster, problem.config
     if config.replicas != "auto":
         return
     least = 2 if config.schedule == INTERLEAVED else 1
     least = max(least, config.stages) if config.stages != "auto" else least
+    quick = cluster.size * len(problem.graph.blocks) <= _QUICK
     pairs = [(n, d) for n in range(1, cluster.nodes + 1) for d in range(1, cluster.devices_per_node + 1)]
     for nodes, devices in sorted(pairs, key=lambda pair: (-pair[0] * pair[1], pair)):
         regular = _whole_or_power(nodes, cluster.nodes) and _whole_or_power(devices, cluster.devices_per_node)
-        if least <= nodes * devices < cluster.size and (regular or nodes * devices <= COLUMNS):
+        if least <= nodes * devices < cluster.size and (regular or quick):
             yield replace(problem, cluster=cluster.part(nodes, devices))
 
 
