@@ -40,7 +40,7 @@ from .calls import (
     writes_to_first,
 )
 from .checks import passing
-from .errors import CaptureError, source_line
+from .errors import CaptureError, NotSplittable, source_line
 from .guards import Call, Guards, Slot
 
 
@@ -146,7 +146,7 @@ class Known(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").partition(".")[0]
         # Inside of `vmap` tensors stand for rows of others, which have no value of their own.
         mapped = torch._C._functorch.peek_interpreter_stack() is not None
         if mapped or (DESCRIBES.match(name) and func not in READS):
@@ -159,7 +159,7 @@ class Known(TorchFunctionMode):
             args, kwargs = self._with_numbers(name, args, kwargs)
             leaves = [x for x in leaves_of((args, kwargs)) if isinstance(x, torch.Tensor)]
         func, args, kwargs = without_models(func, name, args, kwargs)
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").partition(".")[0]
         leaves = [x for x in leaves_of((args, kwargs)) if isinstance(x, torch.Tensor)]
         known = [self._get(x) is not None for x in leaves]
         if name in ("masked_scatter", "masked_scatter_"):
@@ -186,7 +186,8 @@ class Known(TorchFunctionMode):
         """A call that gives tensors, on tensors without data and, where these are known, on their data."""
         shadows = [self._get(x) for x in leaves]
         writes = writes_to_first(name, kwargs)
-        if None in shadows or RANDOM.search(name):
+        foreign = isinstance(func, torch._ops.OpOverload) and func.namespace not in ("aten", "prims")
+        if None in shadows or foreign or RANDOM.search(name):
             result = func(*args, **kwargs)
             target = self._get(args[0]) if writes and args and isinstance(args[0], torch.Tensor) else None
             if target is not None:
@@ -350,7 +351,7 @@ class Known(TorchFunctionMode):
             return
         each, alike = self._shares(mask)
         if not alike or each * self._samples != source.numel():
-            raise UnknownValueError(
+            raise NotSplittable(
                 f"masked_scatter gives the samples of a batch different shares of what it is given (the first, {each} "
                 f"of {source.numel()} values): only where each takes as many as any other can a part of the batch be "
                 "computed by itself"

@@ -26,7 +26,7 @@ from rannc_hf.engine.outputs import own_output, training_output
 from rannc_hf.engine.parameters.store import ParameterStore
 from rannc_hf.engine.planning import find_plan_here
 from rannc_hf.engine.program import place
-from rannc_hf.engine.runtime import Runtime, describe_shapes, separate_random_state
+from rannc_hf.engine.runtime import Runtime, separate_random_state
 from rannc_hf.engine.setup import capture_agreed, check_trained, default_transport, plan_agreed
 from rannc_hf.engine.specialised import Specialised
 from rannc_hf.engine.split import Driver, split_outputs
@@ -228,8 +228,7 @@ class RanncModel(nn.Module):
         self._whole.partitioned(self.store)
         self.optimizers.partition(set(self.store.owned))
         self.plan, self.graph = plan, graph
-        self._planned_key = self._specialised.key((True, True, describe_shapes(batch)), batch)
-        self._specialised.add(self._planned_key, graph)
+        self._planned_key = self._specialised.add(self._specialised.key(True, batch), graph)
         while self._at_partition:
             self._at_partition.pop(next(iter(self._at_partition)))()
         if self.transport.rank == 0:
@@ -238,14 +237,12 @@ class RanncModel(nn.Module):
                 self._on_plan(plan, graph)
 
     def _find_plan(self, graph: Graph, batch_size: int, batch: GlobalBatch) -> Plan:
-        assert batch_size == batch.samples
         if self.config.plan is not None:
             return Plan.load(self.config.plan)
         return find_plan_here(graph, self.config, batch, self.device, self.transport.world_size)
 
     def _runtime(self, batch: GlobalBatch) -> Runtime:
-        shapes = (self.training, self.training or torch.is_grad_enabled(), describe_shapes(batch))
-        key = self._specialised.key(shapes, batch)
+        key = self._specialised.key(self.training, batch)
         if key not in self._runtimes:
             assert self.plan is not None and self.graph is not None and self.store is not None
             planned = key == self._planned_key
@@ -253,10 +250,9 @@ class RanncModel(nn.Module):
             self._specialised.add(key, graph)
             if self.training and not planned:
                 check_trained(graph, self.graph, self.plan, self.transport.rank)
-            program = place(graph, self.plan, self.graph)
-            self._runtimes[key] = Runtime(
-                program, self.plan, self.module, self.store, self.transport, self.device, self.config, planned
-            )
+            program, where = place(graph, self.plan, self.graph), (self.transport, self.device)
+            made = Runtime(program, self.plan, self.module, self.store, *where, self.config, planned)
+            self._runtimes[key] = made
             if self.transport.rank == 0:
                 captured(self._runtimes, batch, self.training)
         return self._runtimes[key]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable
 
+import torch
+
 from rannc_hf.capture import Graph
 from rannc_hf.capture.guards import Guards
 from rannc_hf.engine.batch import GlobalBatch
+from rannc_hf.engine.runtime import describe_shapes
 
 logger = logging.getLogger(__name__)
 _MANY = 8
@@ -24,20 +27,21 @@ class Specialised:
     def __init__(self) -> None:
         self._guards: dict[Hashable, list[Guards | None]] = {}
 
-    def key(self, shapes: Hashable, batch: GlobalBatch) -> Key:
-        """The key of the graph that holds for a batch of these shapes; one that was not added where none does."""
+    def key(self, training: bool, batch: GlobalBatch) -> Key:
+        """The key of the graph that holds for a batch; one that was not added where none does."""
+        shapes = (training, training or torch.is_grad_enabled(), describe_shapes(batch))
         found = self._guards.get(shapes, [])
         for index, guards in enumerate(found):
             if guards is None or guards.hold(batch.fields):
                 return shapes, index
         return shapes, len(found)
 
-    def add(self, key: Key, graph: Graph) -> None:
-        """A graph captured for a batch of `key`; nothing where it was added before."""
+    def add(self, key: Key, graph: Graph) -> Key:
+        """Add a graph captured for a batch of `key`, which is returned; nothing where it was added before."""
         shapes, index = key
         found = self._guards.setdefault(shapes, [])
         if index < len(found):
-            return
+            return key
         found.append(graph.guards)
         if len(found) == _MANY:
             logger.warning(
@@ -46,3 +50,4 @@ class Specialised:
                 _MANY,
                 str(graph.guards.values)[:80] if graph.guards is not None else "",
             )
+        return key

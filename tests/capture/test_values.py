@@ -43,13 +43,13 @@ def test_without_data_values_are_refused() -> None:
         capture(Net(decided), batch)
 
 
-def test_what_depends_on_parameters_is_refused() -> None:
+def test_what_depends_on_parameters_is_no_value_of_the_batch() -> None:
     def body(net: Net, x: torch.Tensor) -> Any:
         h = net.first(x)
         return net.second(h if h.sum() > 0 else -h).sum()
 
-    with pytest.raises(CaptureError, match="data-dependent"):
-        capture(Net(body), {"x": numbers()})
+    # The model's own code runs as it is.
+    assert check(Net(body), {"x": numbers()}).guards is None
 
 
 def scattered(net: Net, x: torch.Tensor, ids: torch.Tensor, image: torch.Tensor) -> Any:
@@ -158,7 +158,7 @@ def test_checks_of_activations_are_taken_to_pass() -> None:
     assert graph.guards is not None and graph.guards.hold({"x": numbers(seed=1)})
 
 
-def test_branches_beside_checks_are_refused() -> None:
+def test_branches_beside_checks_are_no_checks() -> None:
     def body(net: Net, x: torch.Tensor) -> Any:
         h = net.first(x)
         if (h > 0).all():
@@ -167,5 +167,4 @@ def test_branches_beside_checks_are_refused() -> None:
             raise ValueError("not a number")
         return net.second(-h).sum()
 
-    with pytest.raises(CaptureError, match="data-dependent"):
-        capture(Net(body), {"x": numbers()})
+    assert check(Net(body), {"x": numbers()}).guards is None

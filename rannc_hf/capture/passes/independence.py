@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ..errors import CaptureError, module_path, where
+from ..errors import CaptureError, NotSplittable, module_path, where
 from .batch_norm import slice_statistics
 from .order import check_order
 from .per_sample import batched, spec
@@ -46,7 +46,7 @@ def check_independent(
 
 def _check_scatters(nodes: list[fx.Node], known: int) -> None:
     if len(nodes) > known:
-        raise CaptureError(
+        raise NotSplittable(
             f"{nodes[0].target} in {where(nodes[0])} hands out values to the samples of a batch in turn, by a mask "
             "that is not known from the batch alone, so a part of the batch would give another result"
         )
