@@ -110,11 +110,17 @@ def _captured(
     try:
         return attempt(None)
     except CaptureError as error:
-        answers = answered(export)
-        if answers is None:
+        try:
+            answers = answered(export)
+            if answers is None:
+                raise error
+            graph = replace(attempt(answers), guards=answers.guards)
+        except CaptureError as other:
+            # Where values do not help, it may help that the module runs as it is.
+            other.module = error.module if other.module is None else other.module
             raise
         logger.info("rannc: captured with values of the batch, because without them %s", error)
-        return replace(attempt(answers), guards=answers.guards)
+        return graph
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,36 @@ def in_parts(key: str, reason: str, module: nn.Module, calls: Calls, total: int)
         if a.path is not None:
             stubs.append(Stub(a.path, template(a.result, b.result, f"'{a.path}' in {what} gives")))
             given += results
+    part = Part(tuple(stubs), None, (), (None,) * len(given), frozenset(range(len(given))))
+    region = Region(key, calls[0].path, module, inputs, names, reason, part)
+    _check_calls(region, tensors, given, calls[1].state, what)
     return Forward(steps, _shapes({n: tensors_in(call.inputs) for n, call in zip(SAMPLES, calls)}))
+
+
+def _check_calls(
+    region: Region,
+    tensors: Sequence[Mapping[int, torch.Tensor]],
+    given: Sequence[int],
+    state: Sequence[torch.Tensor],
+    what: str,
+) -> None:
+    """Refuse a forward that calls other submodules for other values, or for a sample alone."""
+    small, large = ([t[i] for i in given] for t in tensors)
+    specs = [_spec(a, b, f"{what} is given") for a, b in zip(small, large, strict=True)]
+    for trial in [large, *stressed(large, specs)]:
+        for start, stop in [(0, SAMPLES[1]), *((i, i + 1) for i in range(SAMPLES[1]))]:
+            part = [
+                v if s.batch_dim is None else v.narrow(s.batch_dim, start * s.rows, (stop - start) * s.rows)
+                for v, s in zip(trial, specs)
+            ]
+            try:
+                with torch.no_grad(), torch.random.fork_rng([]):
+                    region.run([*part, *state], stop - start)
+            except CaptureError:
+                raise
+            except Exception:
+                # Values that it does not take say nothing.
+                continue
 
 
 def _story(parts: Parts) -> list[tuple[object, ...]]:

@@ -112,11 +112,15 @@ class Region:
             start = stop
         state = {id(tensor_of(self.module, name)): v for name, v in zip(self.state, tensors[start:], strict=True)}
         lent = lent_state(self.module, lambda own, module, name: state.get(id(own), own))
-        with self.lock, lent, _stubbed(self.module, given, part):
+        with self.lock, lent, _stubbed(self.module, given, part) as left:
             try:
                 results = tensors_in(self.module(*args, **kwargs))
             except _Stopped as stopped:
                 results = tensors_in(stopped.arguments)
+            else:
+                missing = next(left, (part.until if part is not None else None, None))[0]
+                if missing is not None:
+                    raise CaptureError(f"'{missing}' is not called: what is called depends on the batch")
         return results if part is None else [results[i] for i in part.takes]
 
     def _all(self, part: Part, values: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor]:
@@ -180,15 +184,17 @@ class Region:
 
 
 @contextlib.contextmanager
-def _stubbed(module: nn.Module, given: Sequence[tuple[str, Any]], part: Part | None) -> Iterator[None]:
+def _stubbed(
+    module: nn.Module, given: Sequence[tuple[str, Any]], part: Part | None
+) -> Iterator[Iterator[tuple[str, Any]]]:
     """Let calls of submodules of `module` return what is given, in order, and the one after them stop the forward.
 
     The caller restores the modules.
     """
-    if part is None:
-        yield
-        return
     left = iter(given)
+    if part is None:
+        yield left
+        return
     training = torch.is_grad_enabled()
 
     def stub(path: str) -> Any:
@@ -206,7 +212,7 @@ def _stubbed(module: nn.Module, given: Sequence[tuple[str, Any]], part: Part | N
 
     for path in dict.fromkeys([path for path, _ in given] + ([part.until] if part.until is not None else [])):
         module.get_submodule(path).__dict__["forward"] = stub(path)
-    yield
+    yield left
 
 
 def skeleton(model: nn.Module, module: nn.Module) -> nn.Module:

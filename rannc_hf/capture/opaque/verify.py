@@ -129,8 +129,12 @@ class _Check:
             return value
 
         counter = FlopCounterMode(display=False)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), counter:
-            self.region.run(leaves, samples)
+        try:
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), counter:
+                self.region.run(leaves, samples)
+        except RuntimeError:
+            # Operations with bodies are traced under such hooks: their costs are not known.
+            return 0.0, 0.0
         return counter.get_total_flops() / samples, sum(kept.values()) / samples
 
     def confirm(self, kinds: Sequence[Kind], samples: int) -> None:
