@@ -119,10 +119,7 @@ def _check_calls(
     specs = [_spec(a, b, f"{what} is given") for a, b in zip(small, large, strict=True)]
     for trial in [large, *stressed(large, specs)]:
         for start, stop in [(0, SAMPLES[1]), *((i, i + 1) for i in range(SAMPLES[1]))]:
-            part = [
-                v if s.batch_dim is None else v.narrow(s.batch_dim, start * s.rows, (stop - start) * s.rows)
-                for v, s in zip(trial, specs)
-            ]
+            part = _slice(trial, specs, start, stop)
             try:
                 with torch.no_grad(), torch.random.fork_rng([]):
                     region.run([*part, *state], stop - start)
@@ -131,6 +128,14 @@ def _check_calls(
             except Exception:
                 # Values that it does not take say nothing.
                 continue
+
+
+def _slice(values: Sequence[torch.Tensor], specs: Sequence[ValueSpec], start: int, stop: int) -> list[torch.Tensor]:
+    """Samples `start` to `stop` of all values that have samples."""
+    return [
+        v if s.batch_dim is None else v.narrow(s.batch_dim, start * s.rows, (stop - start) * s.rows)
+        for v, s in zip(values, specs)
+    ]
 
 
 def _story(parts: Parts) -> list[tuple[object, ...]]:
@@ -197,15 +202,17 @@ def _unused(region: Region, values: Sequence[torch.Tensor], specs: Sequence[Valu
         raise CaptureError(f"the code of '{region.path}' does not run by itself: {error}", region.path) from error
     reached = {id(leaf) for leaf, gradient in zip(wanted, found) if gradient is not None}
     state = [ValueSpec(tuple(v.shape), v.dtype, None, 0, False) for v in values[len(specs) :]]
-    trials = [list(values), *stressed(values, [*specs, *state])]
-    expected = [_results(region, trial, samples) for trial in trials]
+    trials = [(list(trial), samples) for trial in [values, *stressed(values, [*specs, *state])]]
+    # What is decided for all samples together may only show where there is one.
+    trials += [(_slice(trial, [*specs, *state], i, i + 1), 1) for trial, _ in trials for i in range(2)]
+    expected = [_results(region, trial, count) for trial, count in trials]
 
     def same(left: Collection[int]) -> bool:
         smaller = _without(region, specs, left)
-        for trial, wanted in zip(trials, expected):
+        for (trial, count), wanted in zip(trials, expected):
             if wanted is None:
                 continue
-            made = _results(smaller, [v for i, v in enumerate(trial) if i not in left], samples)
+            made = _results(smaller, [v for i, v in enumerate(trial) if i not in left], count)
             if made is None or not all(_equal(a, b) for a, b in zip(made, wanted, strict=True)):
                 return False
         return True

@@ -18,7 +18,7 @@ _Change = Callable[[torch.Tensor, ValueSpec, int], torch.Tensor]
 
 def stressed(values: Sequence[torch.Tensor], specs: Sequence[ValueSpec]) -> Iterator[Values]:
     """Variants of `values`. Only inputs that have samples are changed."""
-    for change in (_signs, _halves, _sizes, _noise, _rolled, _ignored, _hidden):
+    for change in (_positive, _signs, _halves, _sizes, _noise, _rolled, _ignored, _hidden):
         made = [
             change(value, spec, index) if spec.batch_dim is not None else value
             for index, (value, spec) in enumerate(zip(values, specs))
@@ -49,6 +49,10 @@ def _signs(value: torch.Tensor, spec: ValueSpec, index: int) -> torch.Tensor:
         return value
     signs = torch.tensor([1.0, -1.0, -1.0]).repeat(_samples(value, spec))[: _samples(value, spec)]
     return value * _each(value, spec, signs)
+
+
+def _positive(value: torch.Tensor, spec: ValueSpec, index: int) -> torch.Tensor:
+    return value.abs() if value.is_floating_point() else value
 
 
 def _halves(value: torch.Tensor, spec: ValueSpec, index: int) -> torch.Tensor:
