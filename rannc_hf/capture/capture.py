@@ -26,7 +26,7 @@ from .opaque.operation import is_opaque, region_of
 from .opaque.prepare import Regions, mark_kinds
 from .opaque.search import with_regions
 from .passes.batch_norm import expose_statistics
-from .passes.cleanup import drop_assertions, drop_dead, drop_lifts, relax_views
+from .passes.cleanup import drop_assertions, drop_dead, drop_lifts, relax_views, spell_types
 from .passes.counts import Counts, count_samples
 from .passes.functionalize import functionalize
 from .passes.independence import check_independent
@@ -172,6 +172,7 @@ def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: 
     output.args = ((*output.args[0], *updates.values()),)
     drop_lifts(graph)
     relax_views(graph)
+    spell_types(graph)
     drop_dead(graph)
     hoist(graph, updates.values())
     return _Step(export, paths, loss_path, split, tuple(updates))

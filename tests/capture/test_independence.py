@@ -72,6 +72,7 @@ INDEPENDENT: dict[str, Body] = {
     "dimensions of a sample": lambda net, x: (
         rows(net, x).softmax(1).cumsum(2).sort(1).values.flip(1).roll(1, 2).tril()
     ),
+    "dtype of another": lambda net, x: rows(net, x) + net.second.bias.type_as(rows(net, x)),
     "fft": lambda net, x: torch.fft.fft2(rows(net, x)).abs(),
     "group norm": lambda net, x: F.group_norm(rows(net, x), 2),
     "instance norm": lambda net, x: F.instance_norm(rows(net, x)),

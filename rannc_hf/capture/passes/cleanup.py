@@ -26,6 +26,14 @@ def drop_lifts(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def spell_types(graph: fx.Graph) -> None:
+    """Make every `type_as` a `to` with the dtype itself: it does not depend on the values, or samples, of the other."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is _aten.type_as.default:
+            node.target = _aten.to.dtype
+            node.args = (node.args[0], node.meta["val"].dtype)
+
+
 def relax_views(graph: fx.Graph) -> None:
     """Make every `view` a `reshape`, which copies where it must; mutation is handled before, by `functionalize`.
 
