@@ -62,6 +62,14 @@ def source_line(frames: Sequence[tuple[str, object, str | None]]) -> str | None:
     return None
 
 
+def blamed(node: fx.Node) -> str | None:
+    """The module of a node whose samples the graph cannot keep apart: numbers may show that the module does.
+
+    Not the model itself: what it does between its submodules is mostly the loss, which numbers would not save.
+    """
+    return module_path(node) or None
+
+
 def module_path(node: fx.Node) -> str:
     """Dotted path of the innermost module whose forward made this node; empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}

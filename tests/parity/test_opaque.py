@@ -83,11 +83,38 @@ class Cubed(nn.Module):
         return Cube.apply(self.dense(x).tanh())
 
 
+class Windows(nn.Module):
+    """Reads overlapping windows out of memory, and what all rows have out of the first rows of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.start = nn.Linear(2 * WIDTH, WIDTH), nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        samples, length, width = x.shape
+        flat = torch.cat([self.start.expand(samples * length, 1, -1), x.reshape(-1, 1, width)], 1)
+        padded = functional.pad(x, (0, 0, 1, 0)).transpose(0, 1).contiguous().transpose(0, 1)
+        rows, columns, each = padded.stride()
+        windows = padded.as_strided((samples, length, 2, width), (rows, columns, columns, each))
+        return self.dense(windows.flatten(2)).tanh() * flat[:samples, 0].unsqueeze(1)
+
+
+class Neighbour(nn.Module):
+    """Gives every other sample what the sample before it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dense(x)[torch.arange(len(x)) // 2]
+
+
 class Layer(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.inner: Any = {"experts": Experts, "recurrent": Longest, "function": Cubed, "dropped": Dropped}[kind]()
+        self.inner: Any = _INNER[kind]()
         self.kind = kind
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -95,6 +122,12 @@ class Layer(nn.Module):
         if self.kind == "experts":
             return x + self.inner(y, scale=2.0)[0]
         return x + (self.inner(y, lengths) if self.kind in ("recurrent", "dropped") else self.inner(y))
+
+
+_INNER: dict[str, type[nn.Module]] = {
+    "experts": Experts, "recurrent": Longest, "function": Cubed, "dropped": Dropped, "windows": Windows,
+    "neighbour": Neighbour,
+}  # fmt: skip
 
 
 class Net(nn.Module):
@@ -129,6 +162,19 @@ def batch_of(samples: int) -> dict[str, torch.Tensor]:
 def test_gradients_are_those_of_plain_training(replicas: tuple[int, ...], recompute: str):
     model = net("experts", "function", "recurrent", "experts")
     check(model, batch_of(9), replicas, microbatches=3, recompute=recompute, steps=2)
+
+
+@pytest.mark.parametrize("replicas", [(2, 1), (1, 1, 1, 1)])
+def test_samples_that_only_numbers_show_to_be_apart(replicas: tuple[int, ...]):
+    model, batch = net("windows", "windows", "windows", "windows"), batch_of(7)
+    reason = capture(model, batch).opaque["layers.0.inner#0"].reason
+    assert "takes some of the samples" in reason or "reads memory across the samples" in reason
+    check(model, batch, replicas, steps=2)
+
+
+def test_samples_that_numbers_show_to_depend_on_each_other():
+    with pytest.raises(CaptureError, match=r"(?s)aten.index.*picks from the other samples.*influence each other"):
+        capture(net("neighbour"), batch_of(4))
 
 
 def test_costs_count_what_runs_inside():

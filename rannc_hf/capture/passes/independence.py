@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ..errors import CaptureError, NotSplittable, module_path, where
+from ..errors import CaptureError, NotSplittable, blamed, module_path, where
 from .batch_norm import slice_statistics
 from .order import check_order
 from .per_sample import batched, spec
@@ -35,7 +35,9 @@ def check_independent(
     _check_scatters([n for n in graph.nodes if name_of(n) == "aten.masked_scatter" and batched(n)], scatters)
     for node in graph.nodes:
         if node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise CaptureError(f"{node.target} in {where(node)} is an operation with a body, which is not supported")
+            raise CaptureError(
+                f"{node.target} in {where(node)} is an operation with a body, which is not supported", blamed(node)
+            )
         if node.op == "call_function":
             _check_known(node)
         if node.op == "call_function" and node not in local:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ..errors import CaptureError, where
+from ..errors import CaptureError, blamed, where
 from ..graph import ValueSpec
 from ..opaque.operation import is_opaque
 from .per_sample import SAMPLES, PerSample, batched, spec
@@ -63,7 +63,7 @@ def check_order(graph: fx.Graph, preamble: set[fx.Node], local: Collection[fx.No
         step = _Step(node, orders)
         orders[node] = step.order()
         if orders[node].position is not None and node not in preamble:
-            raise step.refuse("computes with the position of a sample in the batch")
+            raise step.refuse_position()
 
 
 class _Step:
@@ -91,9 +91,17 @@ class _Step:
         return rule(self) if rule is not None else self.same(self.sources)
 
     def refuse(self, what: str) -> CaptureError:
+        """What picks or reorders shows in numbers, which may prove that each sample only finds what is its own."""
         return CaptureError(
-            f"{self.node.target} in {where(self.node)} {what}, so a part of the batch would give another result"
+            f"{self.node.target} in {where(self.node)} {what}, so a part of the batch would give another result",
+            blamed(self.node),
         )
+
+    def refuse_position(self) -> CaptureError:
+        """What is done from the hundredth sample on does not show in the few that a region is checked with."""
+        refused = self.refuse("computes with the position of a sample in the batch")
+        refused.module = None
+        return refused
 
     def same(self, sources: list[fx.Node]) -> _Order:
         """The order that all `sources` agree on."""
@@ -145,7 +153,7 @@ class _Step:
         """Numbers have shown that the region treats each sample for itself, where it is given them in order."""
         for order in (self.orders[n] for n in self.sources):
             if order.position is not None:
-                raise self.refuse("computes with the position of a sample in the batch")
+                raise self.refuse_position()
             if order.outer not in (None, 1):
                 raise self.refuse("combines values with their samples in different orders")
         return _PLAIN
@@ -289,7 +297,7 @@ class _Step:
                 raise self.refuse("picks from the other samples of a batch")
             return _PLAIN
         if chosen is not None and chosen.position is not None:
-            raise self.refuse("computes with the position of a sample in the batch")
+            raise self.refuse_position()
         return self.same(others + ([index] if index is not None and chosen is not None else []))
 
 

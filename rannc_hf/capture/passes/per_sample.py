@@ -15,7 +15,7 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_aggregate
 
-from ..errors import CaptureError, module_path, where
+from ..errors import CaptureError, blamed, module_path, where
 from ..graph import ValueSpec
 
 SAMPLES = (3, 8)
@@ -117,7 +117,9 @@ def _spec(a: fx.Node, b: fx.Node) -> ValueSpec | None:
     dim = differing[0]
     rows = proportional(x.shape[dim], y.shape[dim])
     if rows is None:
-        raise CaptureError(f"size {dim} of {a.target} in {where(a)} is not a multiple of the number of samples")
+        raise CaptureError(
+            f"size {dim} of {a.target} in {where(a)} is not a multiple of the number of samples", blamed(a)
+        )
     shape = tuple(rows if d == dim else n for d, n in enumerate(x.shape))
     return ValueSpec(shape, x.dtype, dim, rows, False)
 
