@@ -99,9 +99,10 @@ def test_samples_that_differ_are_refused(many: int) -> None:
         return net.first(x)[lengths > 4].pow(2).mean()
 
     lengths = torch.arange(many) % 3 + 3
-    for body in (one_by_one, picked):
-        with pytest.raises(CaptureError, match="samples"):
-            capture(Net(body), {"x": numbers(many), "lengths": lengths})
+    # A sum of what each sample has, which runs as it is written.
+    assert capture(Net(one_by_one), {"x": numbers(many), "lengths": lengths}).opaque
+    with pytest.raises(CaptureError, match="samples"):
+        capture(Net(picked), {"x": numbers(many), "lengths": lengths})
 
 
 def test_values_alike_in_all_samples() -> None:

@@ -94,14 +94,16 @@ def in_parts(key: str, reason: str, module: nn.Module, calls: Calls, total: int)
         code, needs = None, list[int]()
         if a.takes:
             written = frozenset(i for i, n in enumerate(given) if n in small.written)
-            part = Part(tuple(stubs), a.path, a.takes, (None,) * len(given), written)
+            sources, made = _handed(small, index + 1)
+            part = Part(tuple(stubs), a.path, a.takes, (None,) * len(given), written, sources, made)
             region = Region(f"{key}.{index}", calls[0].path, module, inputs, names, reason, part, draws=b.draws)
             code, needs = _part(region, what, (a, b), tensors, given, calls[1].state, total)
         steps.append(Step(a.path, arguments, a.sources, results, a.first_new, code, needs))
         if a.path is not None:
             stubs.append(Stub(a.path, template(a.result, b.result, f"'{a.path}' in {what} gives")))
             given += results
-    part = Part(tuple(stubs), None, (), (None,) * len(given), frozenset(range(len(given))))
+    written = frozenset(i for i, n in enumerate(given) if n in small.written)
+    part = Part(tuple(stubs), None, (), (None,) * len(given), written, *_handed(small, len(small.events)))
     region = Region(key, calls[0].path, module, inputs, names, reason, part)
     _check_calls(region, tensors, given, calls[1].state, what)
     return Forward(steps, _shapes({n: tensors_in(call.inputs) for n, call in zip(SAMPLES, calls)}))
@@ -140,6 +142,10 @@ def _slice(values: Sequence[torch.Tensor], specs: Sequence[ValueSpec], start: in
 
 def _story(parts: Parts) -> list[tuple[object, ...]]:
     return [(event.path, event.sources, event.first_new) for event in parts.events] + [tuple(parts.results)]
+
+
+def _handed(parts: Parts, events: int) -> tuple[tuple[tuple[int, ...], ...], tuple[range, ...]]:
+    return tuple(tuple(event.sources) for event in parts.events[:events]), tuple(parts.results[:events])
 
 
 def _numbered(call: Call) -> dict[int, torch.Tensor]:

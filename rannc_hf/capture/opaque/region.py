@@ -47,6 +47,28 @@ class Part:
     """For each tensor of the inputs and of the stubs' results: None, or its shape where nothing depends on it."""
     written: frozenset[int]
     """Those that the forward writes to."""
+    sources: tuple[tuple[int, ...], ...]
+    """For each call, and the end, the numbers of the tensors among its arguments (`parts.Parts`)."""
+    made: tuple[range, ...]
+    """For each call the numbers of its results."""
+
+
+class _Handed:
+    """Checks that the forward hands on the tensors that it handed on at capture: a branch may choose others."""
+
+    def __init__(self, part: Part, inputs: Sequence[torch.Tensor]) -> None:
+        self._sources, self._made = iter(part.sources), iter(part.made)
+        self._known = dict(enumerate(inputs))
+
+    def arguments(self, what: str, arguments: Any) -> None:
+        """The next call is made, or the end is reached, with these."""
+        for tensor, source in zip(tensors_in(arguments), next(self._sources, ())):
+            if self._known.setdefault(source, tensor) is not tensor:
+                raise CaptureError(f"{what} is given another tensor: what is handed on depends on the batch")
+
+    def result(self, result: Any) -> None:
+        """The call returns this."""
+        self._known.update(zip(next(self._made), tensors_in(result)))
 
 
 class _Stopped(BaseException):
@@ -112,15 +134,19 @@ class Region:
             start = stop
         state = {id(tensor_of(self.module, name)): v for name, v in zip(self.state, tensors[start:], strict=True)}
         lent = lent_state(self.module, lambda own, module, name: state.get(id(own), own))
-        with self.lock, lent, _stubbed(self.module, given, part) as left:
+        handed = _Handed(part, tensors_in((args, kwargs))) if part is not None else None
+        with self.lock, lent, _stubbed(self.module, given, part, handed) as left:
             try:
-                results = tensors_in(self.module(*args, **kwargs))
+                outputs = self.module(*args, **kwargs)
+                results = tensors_in(outputs)
             except _Stopped as stopped:
                 results = tensors_in(stopped.arguments)
             else:
                 missing = next(left, (part.until if part is not None else None, None))[0]
                 if missing is not None:
                     raise CaptureError(f"'{missing}' is not called: what is called depends on the batch")
+                if handed is not None:
+                    handed.arguments("the end of the forward", outputs)
         return results if part is None else [results[i] for i in part.takes]
 
     def _all(self, part: Part, values: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor]:
@@ -185,14 +211,14 @@ class Region:
 
 @contextlib.contextmanager
 def _stubbed(
-    module: nn.Module, given: Sequence[tuple[str, Any]], part: Part | None
+    module: nn.Module, given: Sequence[tuple[str, Any]], part: Part | None, handed: _Handed | None
 ) -> Iterator[Iterator[tuple[str, Any]]]:
     """Let calls of submodules of `module` return what is given, in order, and the one after them stop the forward.
 
     The caller restores the modules.
     """
     left = iter(given)
-    if part is None:
+    if part is None or handed is None:
         yield left
         return
     training = torch.is_grad_enabled()
@@ -204,8 +230,10 @@ def _stubbed(
             expected, result = next(left, (part.until, _Stopped((args, kwargs))))
             if path != expected:
                 raise CaptureError(f"'{path}' is called where '{expected}' was: what is called depends on the batch")
+            handed.arguments(f"'{path}'", (args, kwargs))
             if isinstance(result, _Stopped):
                 raise result
+            handed.result(result)
             return result
 
         return call
