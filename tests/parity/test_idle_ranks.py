@@ -41,7 +41,7 @@ PLANS: list[tuple[tuple[int, ...], int, Planner]] = [
 ]
 
 
-@pytest.mark.parametrize(("used", "ranks", "make_plan"), PLANS, ids=str)
+@pytest.mark.parametrize(("used", "ranks", "make_plan"), PLANS, ids=lambda v: None if callable(v) else str(v))
 def test_training_and_evaluation_are_exact(used: tuple[int, ...], ranks: int, make_plan: Planner):
     model, (batch, *_) = Tiny(), batches(9)
     parts = shards(batch, ranks)
