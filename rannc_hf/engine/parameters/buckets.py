@@ -160,8 +160,9 @@ def computed_in(dtype: torch.dtype, compute_dtype: torch.dtype | None) -> torch.
 
 
 def empty(parameter: nn.Parameter, device: torch.device) -> None:
-    """Free the memory of a parameter that another rank owns; its shape stays readable."""
-    become(parameter, torch.empty(1, dtype=parameter.dtype, device=device).expand(parameter.shape))
+    """Free the memory of a parameter that another rank owns; its shape stays readable, scalars' too."""
+    one = torch.ones([1] * parameter.dim(), dtype=parameter.dtype, device=device)
+    become(parameter, one.expand(parameter.shape))
 
 
 def free(flat: torch.Tensor) -> None:
