@@ -176,10 +176,14 @@ def without_targets(maker: Maker) -> Maker:
     return replace(maker, fields=fields)
 
 
-def script_loss(outputs: Any) -> torch.Tensor:
-    """Some loss of all outputs that have gradients, summed over samples."""
+def script_loss(outputs: Any, samples: int | None = None) -> torch.Tensor:
+    """Some loss of all outputs that have gradients, summed over samples.
+
+    Outputs of `samples` x `samples`, which compare samples with each other, are left out.
+    """
     leaves = [v for v in pytree.tree_leaves(outputs) if isinstance(v, torch.Tensor) and v.requires_grad]
-    return torch.stack([leaf.square().sum() / leaf[0].numel() for leaf in leaves if leaf.dim()]).sum()
+    leaves = [v for v in leaves if v.dim() and (samples is None or v.shape[:2] != (samples, samples))]
+    return torch.stack([leaf.square().sum() / leaf[0].numel() for leaf in leaves]).sum()
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------

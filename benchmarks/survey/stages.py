@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -85,7 +86,7 @@ def train_with_script_loss(trial: Trial, subject: Subject, stages: Sequence[str]
     trial.note(phase="loss in the script")
     try:
         maker = without_targets(subject.maker)
-        loss, gradients, _ = train_twice(subject.model, maker.fields, script_loss)
+        loss, gradients, _ = train_twice(subject.model, maker.fields, partial(script_loss, samples=SAMPLES))
     except Exception:
         trial.note(**kept)
         return

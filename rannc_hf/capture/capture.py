@@ -25,6 +25,7 @@ from .graph import Block, Graph, ParameterSpec
 from .opaque.operation import is_opaque, region_of
 from .opaque.prepare import Regions, mark_kinds
 from .opaque.search import with_regions
+from .pairs import leave_out, pairs_of_samples
 from .passes.batch_norm import expose_statistics
 from .passes.cleanup import drop_assertions, drop_dead, drop_lifts, relax_views, spell_types
 from .passes.counts import Counts, count_samples
@@ -103,6 +104,7 @@ def _captured(
     def attempt(answers: Answers | None) -> Graph:
         known = {n: answers.known(n) if answers is not None else None for n in SAMPLES}
         small, large = (_step(export(samples=n, known=known[n]), model, batch, training, loss) for n in SAMPLES)
+        small, large = _without_pairs(small, large)
         merge(small.graph, large.graph, (small.export.constants, large.export.constants))
         first = known[SAMPLES[0]]
         return _finish(small, model, training, regions, first.scatters if first is not None else 0)
@@ -130,6 +132,8 @@ class _Step:
     export: Export
     paths: Mapping[str, str]
     """Path of each output to the node that the model returned."""
+    leaves: tuple[str | None, ...]
+    """For each leaf of what `forward` returns, the path of the output that holds it."""
     loss: str | None
     """The path of the loss."""
     split: bool
@@ -175,7 +179,7 @@ def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: 
     spell_types(graph)
     drop_dead(graph)
     hoist(graph, updates.values())
-    return _Step(export, paths, loss_path, split, tuple(updates))
+    return _Step(export, paths, _leaves(paths, export), loss_path, split, tuple(updates))
 
 
 def _finish(step: _Step, model: nn.Module, training: bool, regions: Regions, scatters: int) -> Graph:
@@ -219,7 +223,7 @@ def _finish(step: _Step, model: nn.Module, training: bool, regions: Regions, sca
         loss=outputs[step.loss] if step.loss is not None else None,
         outputs=outputs,
         output_spec=export.output_spec,
-        output_leaves=_leaves(step),
+        output_leaves=step.leaves,
         updates={p: node.name for p, node in updates.items()},
         sums=frozenset(n.name for n in sums if n.name in live),
         structural_hash=_hash(blocks, specs),
@@ -244,12 +248,29 @@ def _path(keys: tuple[Any, ...]) -> str:
     return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys) or "0"
 
 
-def _leaves(step: _Step) -> tuple[str | None, ...]:
-    """For each leaf of what `forward` returns, the path of the output that holds it."""
+def _leaves(paths: Mapping[str, str], export: Export) -> tuple[str | None, ...]:
     path_of: dict[str | None, str] = {}
-    for path, name in step.paths.items():
+    for path, name in paths.items():
         path_of.setdefault(name, path)
-    return tuple(path_of.get(name) for name in step.export.output_names)
+    return tuple(path_of.get(name) for name in export.output_names)
+
+
+def _without_pairs(*steps: _Step) -> tuple[_Step, ...]:
+    """Two exports of a step without outputs that compare samples with each other."""
+    paths = list(steps[0].paths)
+    left_out = pairs_of_samples(paths, steps[0].graph, steps[1].graph)
+    if not left_out:
+        return steps
+    made = []
+    for step in steps:
+        leave_out(paths, step.graph, left_out)
+        drop_dead(step.graph)
+        reached = step.export.gradients_by_leaf
+        assert len(reached) in (0, len(step.leaves)), "in evaluation nothing is differentiated"
+        kept = [own for path, own in zip(step.leaves, reached) if path not in left_out]
+        export = replace(step.export, gradients=frozenset().union(*kept))
+        made.append(replace(step, export=export, paths={p: n for p, n in step.paths.items() if p not in left_out}))
+    return tuple(made)
 
 
 def _refuse_loss(model: nn.Module, batch: Mapping[str, Any], value: torch.Tensor | None) -> str:

@@ -39,6 +39,8 @@ class Export:
     fake_mode: FakeTensorMode
     gradients: frozenset[str]
     """Parameters that autograd leads the gradient of the loss, or of all outputs, to, as it saw the forward run."""
+    gradients_by_leaf: tuple[frozenset[str], ...]
+    """The same for each leaf of all outputs; empty for those of the loss."""
 
 
 def export_step(
@@ -99,6 +101,7 @@ def export_step(
         output_spec=program.call_spec.out_spec,
         fake_mode=fake_mode,
         gradients=watch.gradients,
+        gradients_by_leaf=watch.by_leaf,
     )
 
 

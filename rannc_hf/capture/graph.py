@@ -131,7 +131,10 @@ class Graph:
     output_spec: pytree.TreeSpec | None = None
     """Structure of what `forward` returns."""
     output_leaves: tuple[str | None, ...] = ()
-    """For each leaf of `output_spec`, its path in `outputs`; None for what is not a tensor or is not computed."""
+    """For each leaf of `output_spec`, its path in `outputs`; None for what is not a tensor or is not computed.
+
+    A path that is not in `outputs` is that of an output that compares samples with each other, which is left out.
+    """
     updates: Mapping[str, str] = field(default_factory=dict)
     """Placeholder of a buffer that the step writes to, to the node that holds its new value."""
     sums: frozenset[str] = frozenset()
@@ -200,6 +203,11 @@ class Graph:
                     if conditional and value.name in self.parameter_inputs:
                         found.add(self.parameter_inputs[value.name])
         return frozenset(found)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Outputs that compare samples with each other, which are not computed."""
+        return tuple(p for p in self.output_leaves if p is not None and p not in self.outputs)
 
     @cached_property
     def _producers(self) -> dict[str, int]:

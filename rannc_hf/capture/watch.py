@@ -45,6 +45,8 @@ class Watch:
         self._callers: dict[type, nn.Module] = {}
         """Autograd function to the module that called it last."""
         self.gradients: frozenset[str] = frozenset()
+        self.by_leaf: tuple[frozenset[str], ...] = ()
+        """The same for each leaf of the outputs, where the loss is not the model's."""
 
     def __enter__(self) -> Watch:
         self._handles = [
@@ -74,11 +76,17 @@ class Watch:
         """Read off autograd's own graph what the exported one will be compared with."""
         loss = find_loss(output)
         inside = self._losses == "fused" or (self._losses == "auto" and is_loss(loss))
-        values = [loss] if inside else pytree.tree_leaves(output)
-        starts = [v.grad_fn for v in values if isinstance(v, torch.Tensor) and v.grad_fn is not None]
+        leaves = [loss] if inside else pytree.tree_leaves(output)
         names: dict[int, str] = {}
         for name, parameter in self._model.named_parameters():
             names[id(parameter)] = name
+        found = tuple(self._reached(v, names) for v in leaves)
+        self.gradients = frozenset().union(*found)
+        self.by_leaf = () if inside else found
+
+    def _reached(self, value: Any, names: Mapping[int, str]) -> frozenset[str]:
+        """The parameters that autograd leads the gradient of `value` to."""
+        starts = [value.grad_fn] if isinstance(value, torch.Tensor) and value.grad_fn is not None else []
         found = set()
         for step in _history(starts):
             if isinstance(step, BackwardCFunction) and not _keeps_backward(_name(step)):
@@ -87,7 +95,7 @@ class Watch:
             variable = getattr(step, "variable", None)
             if id(variable) in names:
                 found.add(names[id(variable)])
-        self.gradients = frozenset(found)
+        return frozenset(found)
 
     def _note(self, function: type) -> None:
         known = [m for m in self._stack if id(vars(m)) in self._names]

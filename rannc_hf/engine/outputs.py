@@ -53,17 +53,17 @@ class _LossAlone(tuple[Any, ...]):
 class _Missing:
     """Stands for an output that is not returned, and says so when it is used."""
 
-    def __init__(self, what: str) -> None:
-        self.__dict__["_what"] = what
+    def __init__(self, message: str) -> None:
+        self.__dict__["_message"] = message
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(_not_returned(self._what))
+        raise AttributeError(self._message)
 
     def __repr__(self) -> str:
-        return f"<{_not_returned(self._what)}>"
+        return f"<{self._message}>"
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(_not_returned(self._what))
+        raise TypeError(self._message)
 
     __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
     __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = __matmul__ = __lt__ = __gt__ = __array__ = _refuse
@@ -82,6 +82,13 @@ def _not_returned(what: str) -> str:
     )
 
 
+def _compares(path: str) -> str:
+    return (
+        f"'{path}' compares all samples of a batch with each other, and the model runs on parts of it: it is not "
+        "returned. Compute it from the outputs of each sample, with all of them gathered where it needs those"
+    )
+
+
 def training_output(graph: Graph, loss: torch.Tensor) -> Any:
     """`loss` in the kind of object that the model returns."""
     assert graph.output_spec is not None
@@ -91,16 +98,22 @@ def training_output(graph: Graph, loss: torch.Tensor) -> Any:
     if isinstance(placeholder, Mapping):
         return _LossOnly(loss=loss)
     if is_dataclass(placeholder) or hasattr(placeholder, "_fields"):
-        leaves = [loss if path is not None else _Missing("this output") for path in graph.output_leaves]
+        leaves = [loss if path is not None else _Missing(_not_returned("this output")) for path in graph.output_leaves]
         return pytree.tree_unflatten(leaves, graph.output_spec)
     if isinstance(placeholder, (tuple, list)):
-        return _LossAlone((loss, *(_Missing(f"output {i}") for i in range(1, len(placeholder)))))
+        return _LossAlone((loss, *(_Missing(_not_returned(f"output {i}")) for i in range(1, len(placeholder)))))
     return loss
 
 
 def own_output(graph: Graph, outputs: Mapping[str, torch.Tensor]) -> Any:
     """Outputs in the structure of the model; floating ones in at least fp32, as under autocast in accelerate."""
     assert graph.output_spec is not None
-    leaves = [outputs.get(path) if path is not None else None for path in graph.output_leaves]
-    wide = [v.float() if v is not None and v.dtype in (torch.bfloat16, torch.float16) else v for v in leaves]
+    leaves: list[Any] = [outputs.get(path) if path is not None else None for path in graph.output_leaves]
+    wide = [
+        v.float() if isinstance(v, torch.Tensor) and v.dtype in (torch.bfloat16, torch.float16) else v for v in leaves
+    ]
+    wide = [
+        _Missing(_compares(path)) if path is not None and path not in graph.outputs else v
+        for path, v in zip(graph.output_leaves, wide)
+    ]
     return pytree.tree_unflatten(wide, graph.output_spec)

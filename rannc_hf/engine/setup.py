@@ -11,6 +11,7 @@ from torch import nn
 
 from rannc_hf.capture import Graph, capture
 from rannc_hf.capture.opaque.tell import told
+from rannc_hf.capture.pairs import told_left_out
 from rannc_hf.capture.watch import Losses
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine.transport import Transport
@@ -72,7 +73,7 @@ def capture_agreed(
         ),
         lambda graph: (graph.structural_hash, [block.key for block in graph.blocks]),
     )
-    for line in told(graph) if transport.rank == 0 else ():
+    for line in [*told(graph), *told_left_out(graph)] if transport.rank == 0 else ():
         if line not in _told:
             _told.add(line)
             logger.warning("rannc: %s", line)
