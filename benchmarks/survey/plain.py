@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from rannc_hf.capture.watch import Losses
 
-from .batches import Maker, make_batch
+from .batches import SAMPLES, Maker, make_batch
 from .families import candidates, is_multimodal
 from .records import NO_HEAD, RANDOM, UNTRAINED, Trial
 from .shrink import tiny_config
@@ -38,6 +38,7 @@ class Subject:
     loss: float
     gradients: Gradients
     dtype: torch.dtype
+    """In which it is built; a loss in the script may be computed in a wider one."""
     layers: int
     text_only: bool
     losses: Losses = "fused"
@@ -88,14 +89,20 @@ def plain_subject(trial: Trial, model_class: Any, dtype: torch.dtype, layers: in
     maker = make_batch(model, text_only)
     maker.fields = {k: cast(v, dtype) for k, v in maker.fields.items()}
     losses: Losses = "fused"
+    computed = dtype
     loss, gradients, alike = train_twice(model, maker.fields)
     if not alike:
-        losses, maker = "split", without_targets(maker)
-        loss, gradients, alike = train_twice(model, maker.fields, script_loss)
+        losses = "split"
+        model, maker, computed, (loss, gradients, alike) = with_script_loss(model, maker, dtype)
     if not alike:
         raise RandomModelError("two runs of the plain model give different losses or gradients")
     trial.note(
-        **{"class": model_class.__name__, "layers": layers, "dtype": str(dtype).removeprefix("torch."), "loss": loss},
+        **{
+            "class": model_class.__name__,
+            "layers": layers,
+            "dtype": str(computed).removeprefix("torch."),
+            "loss": loss,
+        },
         parameters=sum(p.numel() for p in model.parameters()),
         fields={k: describe(v) for k, v in maker.fields.items()},
         inputs="text only" if text_only else "all",
@@ -110,6 +117,24 @@ def train_twice(model: nn.Module, batch: Mapping[str, Any], loss_from: LossFrom 
     torch.manual_seed(2)
     again, others = train_plainly(model, batch, loss_from)
     return loss, gradients, close(again, loss) and worst(others, gradients)[0] <= SINGLE
+
+
+def with_script_loss(model: nn.Module, maker: Maker, dtype: torch.dtype) -> tuple[nn.Module, Maker, torch.dtype, Plain]:
+    """A model and batch whose loss the script computes, and what plain training gives.
+
+    In float64 if the model runs in it without its own loss: single precision is too little for some to compare
+    (detection with batch norm and top-k over near ties: rounding alone moves their losses by 2 %).
+    """
+    maker = without_targets(maker)
+    if dtype is not torch.float64:
+        try:
+            torch.set_default_dtype(torch.float64)
+            wide = replace(maker, fields={k: cast(v, torch.float64) for k, v in maker.fields.items()})
+            doubled = copy.deepcopy(model).double()
+            return doubled, wide, torch.float64, train_twice(doubled, wide.fields, script_loss)
+        except Exception:
+            torch.set_default_dtype(dtype)
+    return model, maker, dtype, train_twice(model, maker.fields, script_loss)
 
 
 def describe(value: Any) -> str:
@@ -176,14 +201,14 @@ def without_targets(maker: Maker) -> Maker:
     return replace(maker, fields=fields)
 
 
-def script_loss(outputs: Any, samples: int | None = None) -> torch.Tensor:
-    """Some loss of all outputs that have gradients, summed over samples.
+def script_loss(outputs: Any, samples: int = SAMPLES) -> torch.Tensor:
+    """Some loss of all outputs that have gradients, which those of parts of the samples add up to.
 
-    Outputs of `samples` x `samples`, which compare samples with each other, are left out.
+    Outputs may have their samples in any dimension, or in none. Of all samples, outputs of `SAMPLES` x `SAMPLES`, which
+    compare samples with each other, are left out.
     """
-    leaves = [v for v in pytree.tree_leaves(outputs) if isinstance(v, torch.Tensor) and v.requires_grad]
-    leaves = [v for v in leaves if v.dim() and (samples is None or v.shape[:2] != (samples, samples))]
-    return torch.stack([leaf.square().sum() / leaf[0].numel() for leaf in leaves]).sum()
+    leaves = [v for v in pytree.tree_leaves(outputs) if isinstance(v, torch.Tensor) and v.requires_grad and v.dim()]
+    return samples * torch.stack([v.square().mean() for v in leaves if v.shape[:2] != (SAMPLES, SAMPLES)]).sum()
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------

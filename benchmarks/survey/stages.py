@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -29,8 +28,7 @@ from .plain import (
     loss_of,
     plain_subject,
     script_loss,
-    train_twice,
-    without_targets,
+    with_script_loss,
     worst,
 )
 from .records import EQUAL, ERROR, MISMATCH, REFUSED, SCRIPT, Trial
@@ -62,8 +60,7 @@ def train_in_stages(trial: Trial, subject: Subject, stages: Sequence[str]) -> No
         subject = plain_subject(trial, type(subject.model), subject.dtype, 4, subject.text_only)
         train_in_stages(trial, subject, stages)
         return
-    exact = subject.dtype is torch.float64 and not single_precision(graph)
-    tolerance = EXACT if exact else SINGLE
+    tolerance = SINGLE if single_precision(graph) else EXACT
     layouts = STATISTICS if has_statistics(subject.model) else LAYOUTS
     trial.note(tolerance=tolerance, differences={}, layouts={s: str(layouts[s]) for s in stages})
     for name in stages:
@@ -85,12 +82,13 @@ def train_with_script_loss(trial: Trial, subject: Subject, stages: Sequence[str]
     kept = dict(trial.record)
     trial.note(phase="loss in the script")
     try:
-        maker = without_targets(subject.maker)
-        loss, gradients, _ = train_twice(subject.model, maker.fields, partial(script_loss, samples=SAMPLES))
+        model, maker, dtype, (loss, gradients, _) = with_script_loss(subject.model, subject.maker, subject.dtype)
     except Exception:
         trial.note(**kept)
         return
-    train_in_stages(trial, replace(subject, maker=maker, loss=loss, gradients=gradients, losses="split"), stages)
+    trial.note(dtype=str(dtype).removeprefix("torch."))
+    outside = replace(subject, model=model, maker=maker, loss=loss, gradients=gradients, losses="split")
+    train_in_stages(trial, outside, stages)
     if trial.record["bucket"] == SCRIPT:
         trial.note(reason=f"with its own loss: {kept['reason']}")
     elif trial.record["bucket"] != MISMATCH:
@@ -142,7 +140,7 @@ def run_ranks(
     """One training step over ranks in this process: each one's loss and the gradients it holds."""
     ranks = sum(replicas)
     microbatches = 1 if has_statistics(subject.model) else MICROBATCHES
-    parts = shards(subject.maker, ranks)
+    parts, sizes = shards(subject.maker, ranks), shares(ranks)
 
     def body(transport: Transport) -> tuple[float, Gradients]:
         wrapped = RanncModel(
@@ -154,7 +152,7 @@ def run_ranks(
         )
         wrapped.train()
         outputs = wrapped(**parts[transport.rank])
-        loss = script_loss(outputs) if subject.losses == "split" else loss_of(outputs)
+        loss = script_loss(outputs, sizes[transport.rank]) if subject.losses == "split" else loss_of(outputs)
         assert loss is not None
         loss.backward()
         assert wrapped.store is not None
@@ -172,9 +170,14 @@ def run_ranks(
         return LocalWorld(ranks).run(body)
 
 
+def shares(ranks: int) -> list[int]:
+    """Samples of each rank, as even as possible."""
+    return [SAMPLES // ranks + (i < SAMPLES % ranks) for i in range(ranks)]
+
+
 def shards(maker: Maker, ranks: int) -> list[dict[str, Any]]:
-    """The batch split over ranks as evenly as possible."""
-    sizes = [SAMPLES // ranks + (i < SAMPLES % ranks) for i in range(ranks)]
+    """The batch split over ranks."""
+    sizes = shares(ranks)
     starts = [sum(sizes[:i]) for i in range(ranks)]
     return [{k: _rows(v, a, n, maker.packed.get(k, 1)) for k, v in maker.fields.items()} for a, n in zip(starts, sizes)]
 
