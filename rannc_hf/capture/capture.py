@@ -39,7 +39,7 @@ from .passes.regions import inline_regions
 from .passes.rejoin import rejoin
 from .passes.updates import check_samples, hoist, local_nodes, reduced, touching
 from .state import preserved
-from .watch import Losses, find_loss, is_loss
+from .watch import Losses, find_loss, is_loss, output_path
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class _Step:
 def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: bool, losses: Losses) -> _Step:
     structure = pytree.tree_unflatten(list(export.output_names), export.output_spec)
     leaves, _ = pytree.tree_flatten_with_path(structure)
-    paths = {_path(keys): name for keys, name in leaves if isinstance(name, str)}
+    paths = {output_path(keys): name for keys, name in leaves if isinstance(name, str)}
     loss = find_loss(structure)
     graph = export.module.graph
     output = next(n for n in graph.nodes if n.op == "output")
@@ -244,11 +244,8 @@ _NO_SYNC = (
 # -- outputs ---------------------------------------------------------------------------------------------------------
 
 
-def _path(keys: tuple[Any, ...]) -> str:
-    return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys) or "0"
-
-
 def _leaves(paths: Mapping[str, str], export: Export) -> tuple[str | None, ...]:
+    """For each leaf of what `forward` returns, the path of the output that holds it."""
     path_of: dict[str | None, str] = {}
     for path, name in paths.items():
         path_of.setdefault(name, path)

@@ -199,3 +199,8 @@ def _refuse_function(name: str) -> str:
         f"the forward uses the autograd function {name}, whose own backward would be lost in capture and its gradients "
         "wrong: use an implementation of the layer made of ordinary operations"
     )
+
+
+def output_path(keys: tuple[Any, ...]) -> str:
+    """The path of a leaf of what `forward` returns: `logits`, `hidden_states.0`."""
+    return ".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys) or "0"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rannc_hf.capture import Graph, capture
+from rannc_hf.capture.numbers import check_numbers
 from rannc_hf.capture.opaque.tell import told
 from rannc_hf.capture.pairs import told_left_out
 from rannc_hf.capture.watch import Losses
@@ -64,13 +65,21 @@ def capture_agreed(
     training: bool,
     loss: Losses,
 ) -> Graph:
-    """Capture on every rank, and make sure that all have the same graph. Rank 0 says which modules run as they are."""
+    """Capture on every rank, and make sure that all have the same graph. Rank 0 says which modules run as they are.
+
+    It also compares the graph with the model by numbers, for all: `check_numbers`.
+    """
+
+    def make() -> Graph:
+        graph = capture(model, batch, dtype=dtype, training=training, loss=loss)
+        if transport.rank == 0:
+            check_numbers(graph, model, batch, dtype)
+        return graph
+
     graph = agree(
         transport,
         "capture of the model",
-        lambda: transport.once(
-            lambda: capture(model, batch, dtype=dtype, training=training, loss=loss), "capture of the model"
-        ),
+        lambda: transport.once(make, "capture of the model"),
         lambda graph: (graph.structural_hash, [block.key for block in graph.blocks]),
     )
     for line in [*told(graph), *told_left_out(graph)] if transport.rank == 0 else ():

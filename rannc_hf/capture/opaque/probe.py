@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,15 +60,10 @@ def probe(
         CaptureError: where the model does not run on what the batch holds.
     """
     device = _device(model)
-    inputs = {name: _repeated(name, value, samples, total, device) for name, value in batch.items()}
-
-    def real(tensor: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
-        kind = dtype if dtype is not None and isinstance(tensor, nn.Parameter) else tensor.dtype
-        return _real(tensor, kind if tensor.is_floating_point() else tensor.dtype, device, name)
-
+    inputs = {name: repeated(name, value, samples, total, device) for name, value in batch.items()}
     calls: list[Call] = []
     cuda = [device] if device.type == "cuda" else []
-    with _apart(cuda), lent_state(model, real), no_autocast():
+    with set_apart(cuda), lent_state(model, real_state(dtype, device)), no_autocast():
         for path, in_parts in watched.items():
             _record(model.get_submodule(path), path, in_parts, calls, device)
         try:
@@ -152,7 +147,7 @@ def _numpy_state() -> Any:
 
 
 @contextlib.contextmanager
-def _apart(cuda: list[torch.device]) -> Iterator[None]:
+def set_apart(cuda: list[torch.device]) -> Iterator[None]:
     """A plain context without gradients, after which all generators of random numbers are as they were."""
     own, other = random.getstate(), _numpy_state()
     try:
@@ -174,7 +169,8 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
-def _repeated(name: str, value: Any, samples: int, total: int, device: torch.device) -> Any:
+def repeated(name: str, value: Any, samples: int, total: int, device: torch.device) -> Any:
+    """A field of a batch of `total` samples with `samples`: those of the batch, again and again."""
     if not isinstance(value, torch.Tensor):
         return value
     if value.is_meta or isinstance(value, FakeTensor):
@@ -186,6 +182,18 @@ def _repeated(name: str, value: Any, samples: int, total: int, device: torch.dev
     if value.dim() > 0 and value.shape[0] == total:
         return value[torch.arange(samples, device=device) % total]
     return value
+
+
+def real_state(
+    dtype: torch.dtype | None, device: torch.device
+) -> Callable[[torch.Tensor, nn.Module, str], torch.Tensor]:
+    """For `lent_state`: floating parameters as `dtype` (None: as they are), made up where they have no memory."""
+
+    def real(tensor: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+        kind = dtype if dtype is not None and isinstance(tensor, nn.Parameter) else tensor.dtype
+        return _real(tensor, kind if tensor.is_floating_point() else tensor.dtype, device, name)
+
+    return real
 
 
 def _real(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:

@@ -196,7 +196,7 @@ class _Check:
         """The run of samples `start` to `stop`, and gradients of its share of a sum over all samples."""
         values = self.part(self.values, self.inputs, start, stop)
         leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in values]
-        with torch.enable_grad(), _NoDropout():
+        with torch.enable_grad(), NoDropout():
             results = self.region.run(leaves, stop - start)
         roots, seeds = [], []
         for result, spec, kind, index in zip(results, self.results, kinds, range(len(kinds))):
@@ -305,7 +305,7 @@ def _precise(region: Region, values: Sequence[torch.Tensor], samples: int) -> tu
 def _forward(region: Region, values: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor]:
     device = values[0].device
     before = generator_state(device)
-    with torch.no_grad(), _NoDropout():
+    with torch.no_grad(), NoDropout():
         results = region.run(values, samples)
     if generator_state(device) != before:
         raise NotSplittable(
@@ -316,7 +316,9 @@ def _forward(region: Region, values: Sequence[torch.Tensor], samples: int) -> li
     return results
 
 
-class _NoDropout(TorchFunctionMode):
+class NoDropout(TorchFunctionMode):
+    """Leaves dropout out."""
+
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in _DROPOUTS or func is torch.dropout:

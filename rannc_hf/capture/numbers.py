@@ -1,0 +1,182 @@
+"""Check with numbers that a graph computes what the model itself does.
+
+Code may ask whether it is being exported, and then do something else: Transformers leaves out a mask that masks nothing
+unless it is traced, and a module that does not know that it is causal then sees the future, in plain training alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .ambient import no_autocast
+from .errors import CaptureError, plain_reason
+from .export import batch_size
+from .graph import Graph
+from .opaque.operation import is_opaque, region_of
+from .opaque.probe import real_state, repeated, set_apart
+from .opaque.verify import NoDropout
+from .passes.per_sample import SAMPLES, resolve
+from .passes.schema import is_random, name_of
+from .state import lent_state, tensor_of
+from .watch import find_loss, output_path
+
+logger = logging.getLogger(__name__)
+
+LIMIT = 1e11
+"""Multiplications of a forward up to which a graph is checked: a few seconds on a core."""
+_TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-4}
+"""Difference that counts as none, relative to the largest number."""
+_LOW_TOLERANCE = 5e-2
+_DISTURBANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
+_CPU = torch.device("cpu")
+_ATTENTION = "aten.scaled_dot_product_attention"
+Values = dict[str, torch.Tensor]
+
+
+def check_numbers(graph: Graph, model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None) -> bool:
+    """Compare what `graph` and `model` give for a few samples of `batch`, without dropout, on the CPU.
+
+    Parameters without memory get made-up values. Nothing is said of steps that are too large (`LIMIT`), that draw
+    other random numbers, that do not run on what the batch holds, or that rounding alone changes.
+
+    Returns:
+        Whether they were compared.
+
+    Raises:
+        CaptureError: where the results differ.
+    """
+    batch = {name: value for name, value in batch.items() if value is not None}
+    total = batch_size(batch)
+    # What the batch said holds for all of its samples.
+    samples = SAMPLES[0] if graph.guards is None else total
+    if _work(graph, samples) > LIMIT or _draws(graph):
+        return False
+    try:
+        inputs = {name: repeated(name, value, samples, total, _CPU) for name, value in batch.items()}
+        computed = _run(graph, model, inputs, samples, dtype)
+        plain = _plain(graph, model, inputs, dtype)
+        wrong = _difference(computed, plain)
+        if wrong is None:
+            return bool(plain)
+        if _difference(_plain(graph, model, inputs, dtype, disturbed=True), plain) is not None:
+            return False
+    except Exception as error:
+        logger.debug("rannc: what was captured was not compared with the model: %s", plain_reason(error))
+        return False
+    raise CaptureError(
+        f"{type(model).__name__} computes something else while it is captured than it does in plain training: {wrong}. "
+        "Some of its code asks whether it is being exported (torch.compiler.is_exporting, Transformers' is_tracing), "
+        "for instance to leave a mask out. What to try: attn_implementation='eager', or another version of the model"
+    )
+
+
+def _plain(
+    graph: Graph, model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, disturbed: bool = False
+) -> Values:
+    """What the model gives, by the paths of the graph's outputs; with parameters `disturbed` by rounding."""
+    make = real_state(dtype, _CPU)
+
+    def state(tensor: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+        own = make(tensor, module, name)
+        if not disturbed or not isinstance(own, nn.Parameter) or own.dtype not in _DISTURBANCE:
+            return own
+        return nn.Parameter(own * (1 + _DISTURBANCE[own.dtype] * torch.randn_like(own)), False)
+
+    with set_apart([]), lent_state(model, state), no_autocast(), NoDropout():
+        structure = model(**inputs)
+    if graph.training and not graph.split:
+        loss = find_loss(structure)
+        return dict.fromkeys(graph.outputs, loss) if isinstance(loss, torch.Tensor) else {}
+    leaves = pytree.tree_flatten_with_path(structure)[0]
+    return {p: v for keys, v in leaves if (p := output_path(keys)) in graph.outputs and isinstance(v, torch.Tensor)}
+
+
+def _run(graph: Graph, model: nn.Module, inputs: Mapping[str, Any], samples: int, dtype: torch.dtype | None) -> Values:
+    """What the graph gives for all samples at once, by the paths of its outputs."""
+    nodes = {n.name: n for n in graph.fx_graph.nodes}
+    counts = {c.placeholder: c for c in graph.counts}
+    values: dict[fx.Node, Any] = {}
+
+    def given(name: str) -> Any:
+        if name in counts:
+            count = counts[name]
+            if count.node is None:
+                return torch.tensor(count.per_sample * samples)
+            compute(nodes[count.node])
+            return values[nodes[count.node]]
+        if name in graph.constants:
+            return graph.constants[name]
+        if name in graph.batch_inputs:
+            return inputs[graph.batch_inputs[name]]
+        return tensor_of(model, graph.parameter_inputs.get(name) or graph.buffer_inputs[name])
+
+    def compute(last: fx.Node) -> None:
+        stack = [last]
+        while stack:
+            node = stack[-1]
+            missing = [n for n in node.all_input_nodes if n not in values]
+            if node in values or not missing:
+                stack.pop()
+                if node not in values:
+                    values[node] = given(node.name) if node.op == "placeholder" else _call(graph, node, values, samples)
+            stack += missing
+
+    with set_apart([]), lent_state(model, real_state(dtype, _CPU)), no_autocast(), NoDropout():
+        for name in graph.outputs.values():
+            compute(nodes[name])
+    return {path: values[nodes[name]] for path, name in graph.outputs.items()}
+
+
+def _call(graph: Graph, node: fx.Node, values: Mapping[fx.Node, Any], samples: int) -> Any:
+    args, kwargs = fx.map_arg(resolve((node.args, dict(node.kwargs)), samples), lambda n: values[n])
+    if name_of(node) == "aten.dropout":
+        return args[0]
+    if name_of(node) == _ATTENTION and len(args) > 4:
+        args = (*args[:4], 0.0, *args[5:])
+    elif name_of(node) == _ATTENTION:
+        kwargs = {**kwargs, "dropout_p": 0.0}
+    target: Any = graph.opaque[region_of(node)].function if is_opaque(node) else node.target
+    return target(*args, **kwargs)
+
+
+def _draws(graph: Graph) -> bool:
+    """Whether it draws random numbers other than dropout's."""
+    return any(is_random(n) and name_of(n) not in ("aten.dropout", _ATTENTION) for n in graph.fx_graph.nodes)
+
+
+def _work(graph: Graph, samples: int) -> float:
+    """About how many multiplications with parameters a forward of `samples` samples takes."""
+    work = 0.0
+    for node in graph.fx_graph.nodes:
+        own = graph.values.get(node.name)
+        if own is None or own.batch_dim is None or node.op != "call_function" or name_of(node) == "aten.embedding":
+            continue
+        names = [graph.parameter_inputs[n.name] for n in node.all_input_nodes if n.name in graph.parameter_inputs]
+        largest = max((graph.parameters[n].numel for n in names), default=0)
+        # Convolutions have their channels in dimension 1, all else in the last.
+        entries, channels = own.bytes_at(samples) / own.dtype.itemsize, own.shape[1 if "conv" in name_of(node) else -1]
+        work += largest * entries / max(channels, 1)
+    return work
+
+
+def _difference(found: Values, wanted: Values) -> str | None:
+    """The first output that differs, in words."""
+    for path, value in wanted.items():
+        other = found.get(path)
+        if other is None or not value.is_floating_point() or not value.numel():
+            continue
+        tolerance = max(_TOLERANCES.get(v.dtype, _LOW_TOLERANCE) for v in (value, other))
+        if value.shape != other.shape:
+            return f"'{path}' has the shape {tuple(other.shape)} for {tuple(value.shape)}"
+        a, b = other.double().nan_to_num(), value.double().nan_to_num()
+        off, scale = float((a - b).abs().max()), float(b.abs().max())
+        if off > tolerance * scale:
+            return f"'{path}' is off by {off / max(scale, 1e-300):.1e} of its size"
+    return None

@@ -1,0 +1,53 @@
+"""A model that computes something else while it is captured is refused before it trains."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rannc_hf.capture import CaptureError, capture
+from rannc_hf.capture.numbers import check_numbers
+
+
+class Net(nn.Module):
+    """Leaves a mask out unless it is exported, as Transformers does with masks that mask nothing."""
+
+    def __init__(self, honest: bool) -> None:
+        super().__init__()
+        self.honest = honest
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.norm, self.dropout = nn.BatchNorm1d(6), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.dropout(torch.tanh(self.norm(self.first(x))))
+        if self.honest or torch.compiler.is_compiling():
+            hidden = hidden * (torch.arange(6) < 3)
+        return {"loss": nn.functional.cross_entropy(self.last(hidden), labels)}
+
+
+def checked(model: nn.Module, dtype: torch.dtype = torch.float64) -> None:
+    torch.manual_seed(0)
+    batch: dict[str, Any] = {"x": torch.randn(4, 6, dtype=dtype), "labels": torch.tensor([0, 1, -100, 2])}
+    before = copy.deepcopy(model.state_dict())
+    assert check_numbers(capture(model, batch), model, batch, None), "it was compared"
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items() if not v.is_meta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_is_left_out_unless_exported_is_refused(dtype: torch.dtype):
+    torch.manual_seed(0)
+    with pytest.raises(CaptureError, match="computes something else while it is captured"):
+        checked(Net(honest=False).to(dtype), dtype)
+    checked(Net(honest=True).to(dtype), dtype)
+
+
+def test_parameters_need_no_memory():
+    with torch.device("meta"):
+        model, honest = Net(honest=False).double(), Net(honest=True).double()
+    with pytest.raises(CaptureError, match="computes something else"):
+        checked(model)
+    checked(honest)
