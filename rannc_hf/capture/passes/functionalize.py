@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import CaptureError, where
+from ..errors import CaptureError, module_path, where
 from .batch_norm import is_new_statistic
 from .schema import schema
 from .views import scatter
@@ -231,7 +231,13 @@ def _is_view(node: fx.Node) -> bool:
 def _memory(node: fx.Node) -> set[int]:
     values = node.meta.get("val")
     values = values if isinstance(values, (tuple, list)) else (values,)
-    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
+    try:
+        return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
+    except NotImplementedError as error:
+        raise CaptureError(
+            f"{node.target} in {where(node)} was recorded inside of torch.vmap, where rows have no memory of their own",
+            module_path(node),
+        ) from error
 
 
 def _memories(node: fx.Node) -> set[int]:
