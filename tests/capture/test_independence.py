@@ -25,6 +25,7 @@ def rows(net: Net, x: torch.Tensor) -> torch.Tensor:
     return net.first(x)
 
 
+RECURRENT = nn.LSTM(WIDTH, WIDTH, dtype=torch.float64)
 MIXING: dict[str, Body] = {
     "softmax": lambda net, x: rows(net, x).softmax(0),
     "log_softmax": lambda net, x: F.log_softmax(rows(net, x), dim=-3),
@@ -43,7 +44,7 @@ MIXING: dict[str, Body] = {
     "convolution over samples": lambda net, x: F.conv1d(rows(net, x).permute(1, 2, 0), net.second.weight[:, :, None]),
     "pooling over samples": lambda net, x: F.max_pool1d(rows(net, x).permute(1, 2, 0), 3, 1, 1),
     "padding that shifts": lambda net, x: F.pad(rows(net, x), (0, 0, 0, 0, 1, -1)),
-    "recurrence over samples": lambda net, x: nn.LSTM(WIDTH, WIDTH, dtype=x.dtype)(rows(net, x))[0],
+    "recurrence over samples": lambda net, x: RECURRENT(rows(net, x))[0],
     "instance norm with statistics": lambda net, x: F.instance_norm(
         rows(net, x), x.new_zeros(LENGTH), x.new_ones(LENGTH)
     ),
