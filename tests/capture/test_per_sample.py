@@ -80,7 +80,7 @@ REFUSED = {
     "one more": ("not a multiple", lambda net, x: torch.cat([net.first.weight, net.first(x)]).mean()),
     "which is used": ("depends? on the number of samples", lambda net, x: net.first([x, x * 2][len(x) > 4]).mean()),
     "masked": ("depends on the values in the batch.*torch.where", lambda net, x: net.first(x[x[:, 0] > 0]).mean()),
-    "nonzero": ("depends on the values in the batch", lambda net, x: net.first(x)[x[:, 0].nonzero()].mean()),
+    "nonzero": ("depends on the values in the batch", lambda net, x: net.first(x)[(x[:, 0] > 0).nonzero()].mean()),
     "item": ("aten.item.*reads a number out of a tensor", lambda net, x: net.first(x).mean() * net.second(x)[0, 0].item()),
     "rank": ("dtype or dimensions", lambda net, x: net.first(x).sum() + x.new_ones([3] * (len(x) // 4 + 1)).sum()),
 }  # fmt: skip

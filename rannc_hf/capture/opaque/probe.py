@@ -197,7 +197,7 @@ def real_state(
 
 
 def _real(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name: str) -> torch.Tensor:
-    if tensor.is_meta or isinstance(tensor, FakeTensor) or _emptied(tensor):
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or is_emptied(tensor):
         value = made_up(tensor.shape, dtype, device, name)
     else:
         value = tensor.detach().to(device=device, dtype=dtype)
@@ -205,7 +205,7 @@ def _real(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, name: 
     return nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value.clone()
 
 
-def _emptied(tensor: torch.Tensor) -> bool:
+def is_emptied(tensor: torch.Tensor) -> bool:
     """Whether another rank holds it: here it is one number, seen in every place."""
     return tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
 
