@@ -81,7 +81,7 @@ REFUSED = {
     "which is used": ("depends? on the number of samples", lambda net, x: net.first([x, x * 2][len(x) > 4]).mean()),
     "masked": ("depends on the values in the batch.*torch.where", lambda net, x: net.first(x[x[:, 0] > 0]).mean()),
     "nonzero": ("depends on the values in the batch", lambda net, x: net.first(x)[(x[:, 0] > 0).nonzero()].mean()),
-    "item": ("aten.item.*reads a number out of a tensor", lambda net, x: net.first(x).mean() * net.second(x)[0, 0].item()),
+    "item": ("aten.item.*reads a number", lambda net, x: net.first(x).mean() * net.second(x)[0, 0].item()),
     "rank": ("dtype or dimensions", lambda net, x: net.first(x).sum() + x.new_ones([3] * (len(x) // 4 + 1)).sum()),
 }  # fmt: skip
 
