@@ -74,7 +74,7 @@ def test_options_come_from_one_place(tmp_path, environment):
     ],
 )
 def test_refused_before_any_work(tmp_path, monkeypatch, options, reason):
-    monkeypatch.setattr(door.Trainer, "_move_model_to_device", None)
+    monkeypatch.setattr(Trainer, "_move_model_to_device", None)
     with pytest.raises(ValueError, match=reason):
         make(RanncTrainer, tmp_path, Regression(), points(4), **options)
 
