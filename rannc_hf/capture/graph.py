@@ -148,6 +148,11 @@ class Graph:
     guards: Guards | None = None
     """What a batch must agree with; None where the graph holds for all batches of its shapes. Not kept in files."""
 
+    @cached_property
+    def nodes(self) -> dict[str, fx.Node]:
+        """The nodes of `fx_graph` by name."""
+        return {n.name: n for n in self.fx_graph.nodes}
+
     def producer(self, value: str) -> int:
         """Index of the block that computes `value`."""
         return self._producers[value]
@@ -179,9 +184,8 @@ class Graph:
         return self._sources(self.differentiated)
 
     def _sources(self, values: Collection[str]) -> frozenset[str]:
-        by_name = {n.name: n for n in self.fx_graph.nodes}
         seen: set[fx.Node] = set()
-        stack = [by_name[name] for name in values]
+        stack = [self.nodes[name] for name in values]
         while stack:
             node = stack.pop()
             if node not in seen and node.meta.get("needs_grad"):

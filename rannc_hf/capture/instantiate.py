@@ -20,7 +20,6 @@ def block_function(graph: Graph, block: Block, samples: int, device: torch.devic
 
     It is the same for every block with the same key.
     """
-    by_name = {n.name: n for n in graph.fx_graph.nodes}
     canonical = graph.parameter_inputs
     made = fx.Graph()
     parameters = {name: made.placeholder(f"p{i}") for i, name in enumerate(block.parameters)}
@@ -32,7 +31,7 @@ def block_function(graph: Graph, block: Block, samples: int, device: torch.devic
         return values[node.name]
 
     for name in block.nodes:
-        values[name] = copy_node(made, by_name[name], get, samples, device, graph.opaque)
+        values[name] = copy_node(made, graph.nodes[name], get, samples, device, graph.opaque)
     made.output(tuple(values[name] for name in block.outputs))
     return fx.GraphModule({}, made)
 
@@ -57,8 +56,7 @@ def preamble_function(
     graph: Graph, names: Sequence[str], samples: int, device: torch.device
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """A function of graph inputs (returned as placeholder names) that computes the preamble values `names`."""
-    by_name = {n.name: n for n in graph.fx_graph.nodes}
-    needed = _ancestors([by_name[n] for n in names])
+    needed = _ancestors([graph.nodes[n] for n in names])
     made = fx.Graph()
     copies: dict[str, fx.Node] = {}
     inputs = tuple(n.name for n in graph.fx_graph.nodes if n in needed and n.op == "placeholder")

@@ -100,7 +100,7 @@ def _plain(
 
 def _run(graph: Graph, model: nn.Module, inputs: Mapping[str, Any], samples: int, dtype: torch.dtype | None) -> Values:
     """What the graph gives for all samples at once, by the paths of its outputs."""
-    nodes = {n.name: n for n in graph.fx_graph.nodes}
+    nodes = graph.nodes
     counts = {c.placeholder: c for c in graph.counts}
     values: dict[fx.Node, Any] = {}
 

@@ -14,7 +14,7 @@ import torch.fx as fx
 from rannc_hf.capture.graph import Block, Graph
 from rannc_hf.cost import ops
 from rannc_hf.cost.devices import Device
-from rannc_hf.cost.memory import block_memory, nodes_by_name, parameter_bytes
+from rannc_hf.cost.memory import block_memory, parameter_bytes
 from rannc_hf.cost.table import BlockCost, CostTable
 from rannc_hf.cost.work import BANDWIDTH_EFFICIENCY, Work, backward_work, forward_work
 
@@ -51,7 +51,7 @@ def main_dtype(graph: Graph) -> torch.dtype:
 
 def block_cost(graph: Graph, block: Block, device: Device, samples: int) -> BlockCost:
     """Costs of one block."""
-    nodes = nodes_by_name(graph)
+    nodes = graph.nodes
     forward = backward = 0.0
     forward_kernels = backward_kernels = 0
     for name in block.nodes:

@@ -18,7 +18,7 @@ from rannc_hf.capture.seeds import seed_device
 from rannc_hf.cost.analytic import block_cost, main_dtype
 from rannc_hf.cost.devices import Device
 from rannc_hf.cost.machine import free_memory, synchronize
-from rannc_hf.cost.memory import BlockMemory, block_memory, nodes_by_name
+from rannc_hf.cost.memory import BlockMemory, block_memory
 from rannc_hf.cost.ops import op_name
 from rannc_hf.cost.table import BlockCost, CostTable
 
@@ -242,7 +242,7 @@ def _memory(trial: _Trial, forward: Forward) -> BlockMemory:
 
 def _table_rows(graph: Graph, block: Block) -> dict[str, int]:
     """Value to the rows of the table it indexes. Equal indices would make the backward of an embedding wait in line."""
-    nodes = nodes_by_name(graph)
+    nodes = graph.nodes
     rows: dict[str, int] = {}
     for name in block.nodes:
         if op_name(nodes[name]) in ("embedding", "index_select"):

@@ -40,7 +40,7 @@ def block_memory(graph: Graph, block: Block, samples: int, *, cpu: bool) -> Bloc
     `cpu` tells the kernels apart: a CPU computes attention with dropout in single steps and keeps the noise of a
     dropout, where GPUs fuse the attention and keep a mask.
     """
-    nodes = nodes_by_name(graph)
+    nodes = graph.nodes
     inside = [nodes[name] for name in block.nodes]
     base = _bases(inside, graph)
     kept: set[fx.Node] = {base[nodes[name]] for name in block.outputs}
@@ -144,14 +144,6 @@ def parameter_bytes(graph: Graph, name: str) -> int:
     """Bytes of one copy of a parameter in the dtype it is computed with."""
     spec = graph.parameters[name]
     return spec.numel * _cached_dtypes(graph).get(name, spec.dtype).itemsize
-
-
-def nodes_by_name(graph: Graph) -> dict[str, fx.Node]:
-    """The graph's nodes by name; made once a graph."""
-    found: dict[str, fx.Node] | None = graph.__dict__.get("_nodes_by_name")
-    if found is None:
-        found = graph.__dict__["_nodes_by_name"] = {n.name: n for n in graph.fx_graph.nodes}
-    return found
 
 
 def _cached_dtypes(graph: Graph) -> Mapping[str, torch.dtype]:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rannc_hf.capture import capture
 from rannc_hf.capture.instantiate import block_function
 from rannc_hf.cost import ops
-from rannc_hf.cost.memory import block_memory, nodes_by_name, parameter_bytes
+from rannc_hf.cost.memory import block_memory, parameter_bytes
 from rannc_hf.cost.work import backward_work
 
 SEQ, SAMPLES = 12, 3
@@ -104,7 +104,7 @@ def kept_bytes(function, arguments):
 @pytest.mark.parametrize("make", [bert, gpt2, llama, t5, vit])
 def test_saved_bytes_and_flops_are_those_of_pytorch(make):
     graph = captured(make)
-    nodes = nodes_by_name(graph)
+    nodes = graph.nodes
     checked = set()
     for block in graph.blocks:
         if block.key in checked:
