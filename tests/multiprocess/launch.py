@@ -1,4 +1,4 @@
-"""Runs a function as several processes connected by gloo."""
+"""Runs a function as several processes connected by gloo, or by NCCL."""
 
 from __future__ import annotations
 
@@ -23,10 +23,16 @@ class RankError(RuntimeError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60, may_die: Collection[int] = ()
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 60,
+    may_die: Collection[int] = (),
+    backend: str = "gloo",
 ) -> list[Any]:
-    """Call `fn(rank, *args)` in `world_size` new processes with torch.distributed (gloo) set up; return the results.
+    """Call `fn(rank, *args)` in `world_size` new processes with torch.distributed set up; return the results.
 
+    With the backend `nccl`, each rank's current device is the GPU of its number.
     `fn` must be importable (a module-level function), arguments and results picklable. The first exception of a rank
     ends the others and is raised here as `RankError`; ranks in `may_die` may end without a result (None then).
     """
@@ -35,7 +41,9 @@ def run_ranks(
         readers, processes = {}, []
         for rank in range(world_size):
             reader, writer = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(writer, fn, rank, world_size, f"{folder}/store", args))
+            process = context.Process(
+                target=_child, args=(writer, fn, rank, world_size, f"{folder}/store", backend, args)
+            )
             process.start()
             writer.close()
             readers[reader] = rank
@@ -85,12 +93,16 @@ def _end(processes: list[Any]) -> None:
             process.kill()
 
 
-def _child(writer: Any, fn: Callable[..., Any], rank: int, world_size: int, store: str, args: tuple[Any, ...]) -> None:
+def _child(
+    writer: Any, fn: Callable[..., Any], rank: int, world_size: int, store: str, backend: str, args: tuple[Any, ...]
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+            backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
         )
         # Plain pickle: a tensor shared by handle would be lost when this process ends.
         message = pickle.dumps((time.monotonic(), False, fn(rank, *args)))
