@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import BertConfig, BertForPreTraining
 
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 1e-5
+"""Small enough that the first steps, without warm-up, do not blow differences of rounding and dropout up."""
 LABELLED = 0.15
 Batch = dict[str, torch.Tensor]
 
