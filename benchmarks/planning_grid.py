@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ HEADER = """# Plans for large models
 Written by `benchmarks/planning_grid.py`: `rannc plan` for the models of RaNNC's paper (M. Tanaka et al., IPDPS 2021) on
 its cluster, {cluster} (4 nodes of 8 V100), BERT pretraining at sequence length 512 and global batch 256. The paper
 reports that Megatron-LM trained up to about 2.5B parameters there, and RaNNC up to 12.9B. Times and memory are
-predictions from the device table; nothing here was run on V100s. Planning times are cold, on one core of
+predictions from the device table; nothing here was run on V100s. Where stages × replicas are more than
+32, devices run several stages; max/mean compares what devices compute in a step. Planning times are cold, on one core of
 {cpu} (torch {torch}, transformers {transformers}).
 
 | hidden | layers | parameters | beyond Megatron-LM | stages | replicas | microbatches | recompute | shard \
-| max/mean stage | peak GiB | samples/s | planned in s |
+| max/mean device | peak GiB | samples/s | planned in s |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
@@ -73,13 +75,15 @@ def row(hidden: int, layers: int, result: dict[str, Any]) -> str:
     if "error" in result:
         return f"| {hidden} | {layers} | {result['error'].splitlines()[0]} |" + " |" * 10
     stages = result["stages"]
-    times = [s["forward_s"] + s["backward_s"] for s in stages]
+    times: Counter[tuple[int, ...]] = Counter()
+    for stage in stages:
+        times[tuple(stage["ranks"])] += stage["forward_s"] + stage["backward_s"]
     peak = max(s["peak_mem_bytes"] for s in stages) / 2**30
     beyond = result["parameters"] / MEGATRON_LIMIT
     return (
         f"| {hidden} | {layers} | {result['parameters'] / 1e9:.2f}B | {f'{beyond:.1f} ×' if beyond > 1 else ''} "
         f"| {len(stages)} | {span(result['replicas'])} | {result['microbatches']} | {span(result['recompute'])} "
-        f"| {span([s['shard'] for s in stages])} | {max(times) * len(times) / sum(times):.2f} | {peak:.1f} "
+        f"| {span([s['shard'] for s in stages])} | {max(times.values()) * len(times) / times.total():.2f} | {peak:.1f} "
         f"| {result['samples_per_s']:.1f} | {result['wall_s']:.0f} |"
     )
 

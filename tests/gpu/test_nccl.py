@@ -68,7 +68,9 @@ def train_one(rank: int, name: str, replicas: tuple[int, ...], shard: str, laps:
     recompute = "blocks" if shard == "parameters" else "none"
     make_plan = planner(replicas, 3, "interleaved" if laps > 1 else "1f1b", recompute, shard, laps)
     make_plan = on_some(range(sum(replicas)), ranks, make_plan)
-    wrapped = RanncModel(model, RanncConfig(length_multiple=1, timeout_s=60), device=device, planner=make_plan)
+    wrapped = RanncModel(
+        model, RanncConfig(length_multiple=1, timeout_s=60, compile=False), device=device, planner=make_plan
+    )
     wrapped.register_optimizer(optimizer)
     part = {k: v.to(device) for k, v in shards(case.batch_as(9), ranks)[rank].items()}
     result = train(wrapped, optimizer, part, 3)
@@ -77,8 +79,9 @@ def train_one(rank: int, name: str, replicas: tuple[int, ...], shard: str, laps:
 
 
 def logits_of(outputs: Any) -> torch.Tensor:
-    """On the CPU; the residual network returns a tuple."""
-    return (outputs[1] if isinstance(outputs, tuple) else outputs.logits).detach().cpu()
+    """The first output after the loss, on the CPU."""
+    found: torch.Tensor = outputs[1]
+    return found.detach().cpu()
 
 
 def on_cpu(result: Result) -> Result:
