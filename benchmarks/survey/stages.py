@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rannc_hf.capture import Graph, capture
+from rannc_hf.capture.asked import told_as_plain
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine.transport import LocalWorld, Transport
@@ -162,7 +163,8 @@ def run_ranks(
 
     def captured(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Graph:
         # The one captured above, which is that of this very batch unless ranks put it together differently.
-        if {k: describe(v) for k, v in batch.items()} == shapes and options.get("training", True):
+        alike = {k: describe(v) for k, v in batch.items()} == shapes and options.get("training", True)
+        if alike and not told_as_plain(model):
             return graph
         return capture(model, batch, **options)
 

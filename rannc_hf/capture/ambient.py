@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -98,6 +99,11 @@ def no_autocast() -> Iterator[None]:
         autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
+def in_torch(frame: FrameType) -> bool:
+    """Whether `frame` runs PyTorch's own code."""
+    return frame.f_code.co_filename.startswith(_TORCH)
+
+
 @contextlib.contextmanager
 def told_grad_mode(enabled: bool) -> Iterator[None]:
     """Let the model's code find gradients `enabled`, as `torch.is_grad_enabled()` tells.
@@ -108,8 +114,7 @@ def told_grad_mode(enabled: bool) -> Iterator[None]:
     truth, thread = torch.is_grad_enabled, threading.get_ident()
 
     def told() -> bool:
-        caller = sys._getframe(1).f_code.co_filename
-        return truth() if threading.get_ident() != thread or caller.startswith(_TORCH) else enabled and truth()
+        return truth() if threading.get_ident() != thread or in_torch(sys._getframe(1)) else enabled and truth()
 
     torch.is_grad_enabled = told
     try:

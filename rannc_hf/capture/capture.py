@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .ambient import told_grad_mode
 from .answers import Answers, answer
+from .asked import answers_about_tracing
 from .blocks import make_blocks
 from .errors import CaptureError
 from .experts import graph_friendly_experts, told_of_router_losses
@@ -74,7 +75,8 @@ def capture(
     inputs = _arguments(model, batch)
     total = batch_size(inputs)
     grad_mode = told_grad_mode(training or torch.is_grad_enabled())
-    with preserved(model), grad_mode, graph_friendly_experts(model), told_of_router_losses():
+    told = answers_about_tracing(model)
+    with preserved(model), grad_mode, graph_friendly_experts(model), told_of_router_losses(), told:
         # Modules that the user has set apart (a frozen part in eval mode) keep their own mode.
         if model.training != training:
             model.train(training)

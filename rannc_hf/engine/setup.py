@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from rannc_hf.capture import Graph, capture
+from rannc_hf.capture import CaptureError, Graph, capture
+from rannc_hf.capture.asked import tell_as_plain, told_as_plain
 from rannc_hf.capture.numbers import check_numbers
 from rannc_hf.capture.opaque.tell import told
 from rannc_hf.capture.pairs import told_left_out
@@ -67,21 +68,43 @@ def capture_agreed(
 ) -> Graph:
     """Capture on every rank, and make sure that all have the same graph. Rank 0 says which modules run as they are.
 
-    It also compares the graph with the model by numbers, for all: `check_numbers`.
+    It also compares the graph with the model by numbers, for all: `check_numbers`. Where they differ the model is
+    captured again as if it were not traced, now and ever after.
+
+    Raises:
+        CaptureError: where the model cannot be captured, or computes something else then too.
     """
+    wrong: list[CaptureError] = []
 
     def make() -> Graph:
         graph = capture(model, batch, dtype=dtype, training=training, loss=loss)
         if transport.rank == 0:
-            check_numbers(graph, model, batch, dtype)
+            try:
+                compared = check_numbers(graph, model, batch, dtype)
+            except CaptureError as error:
+                if told_as_plain(model):
+                    raise
+                wrong.append(error)
+            else:
+                if wrong and not compared:
+                    raise wrong[0]
         return graph
 
-    graph = agree(
-        transport,
-        "capture of the model",
-        lambda: transport.once(make, "capture of the model"),
-        lambda graph: (graph.structural_hash, [block.key for block in graph.blocks]),
-    )
+    def agreed() -> Graph:
+        return agree(
+            transport,
+            "capture of the model",
+            lambda: transport.once(make, "capture of the model"),
+            lambda graph: (graph.structural_hash, [block.key for block in graph.blocks]),
+        )
+
+    graph = agreed()
+    if transport.from_rank_0(lambda: bool(wrong), "whether the graph computes what the model does"):
+        tell_as_plain(model)
+        try:
+            graph = agreed()
+        except ValueError as error:
+            raise CaptureError("\n".join(dict.fromkeys(map(str, [*wrong, error])))) from error
     for line in [*told(graph), *told_left_out(graph)] if transport.rank == 0 else ():
         if line not in _told:
             _told.add(line)
