@@ -31,6 +31,18 @@ def test_a_parameter_used_inside_and_outside_of_no_grad():
     check(Net(body), {"x": numbers()})
 
 
+def test_what_a_no_grad_region_returns_as_it_is_keeps_its_gradient():
+    def body(net: Net, x: torch.Tensor) -> torch.Tensor:
+        h = net.first(x)
+        with torch.no_grad():
+            same = h.to(h.dtype).contiguous()
+            chosen = net.second(same).argmax(-1, keepdim=True)
+            table = same.view(-1, same.shape[-1])
+        return (h.tanh() + same.gather(1, chosen) + table * 2).pow(2).mean()
+
+    check(Net(body), {"x": numbers()})
+
+
 def test_nested_and_empty_regions():
     def body(net: Net, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), torch.no_grad():
