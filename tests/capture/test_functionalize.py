@@ -48,6 +48,35 @@ def plus_equals(net, x):
 
 
 @case
+def other_overloads(net, x):
+    h = hidden(net, x) * 1
+    steps = torch.arange(3, dtype=x.dtype)
+    steps //= 2
+    h += steps
+    h.pow_(2)
+    return end(net, h)
+
+
+@torch.no_grad()
+def _positions(x: torch.Tensor) -> torch.Tensor:
+    return x.view(-1, 2, 3).cos().view(-1, 6).detach()
+
+
+@case
+def onto_what_was_made_without_gradients(net, x):
+    positions = _positions(x)
+    positions += net.second.bias.sum()
+    return end(net, net.first(x).tanh() * positions)
+
+
+@case
+def onto_a_detached_activation(net, x):
+    h = (net.first(x) * 2).detach()
+    h += net.second(x).sum(-1, keepdim=True)
+    return end(net, h, net.first(x))
+
+
+@case
 def slice_assigned(net, x):
     h = hidden(net, x) * 1
     h[:, 1:] = net.second(x).view(-1, 2, 3)[:, :1]

@@ -89,6 +89,7 @@ class _Functionalizer:
             # One of several results is a view where all of them are (`split`), and new memory otherwise (`topk`).
             if _is_view(node) and (node.target is not operator.getitem or node.args[0] in views):
                 views.add(node)
+        views -= _detached_alone(self.graph, views)
         for node in list(self.graph.nodes):
             if node.op in ("placeholder", "get_attr"):
                 continue
@@ -228,6 +229,31 @@ def _is_view(node: fx.Node) -> bool:
     return may and not (own is not None and own.is_mutable) and bool(_memory(node) & _memory(source))
 
 
+def _detached_alone(graph: fx.Graph, views: set[fx.Node]) -> set[fx.Node]:
+    """Detached tensors whose memory is seen through nothing else from then on, which are as good as copies.
+
+    Writes to them then need not go back to the tensor that they come from: in that, they would have no gradient.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    shared: dict[fx.Node, list[fx.Node]] = {}
+    """Nodes that show the same memory, so far."""
+    alone: set[fx.Node] = set()
+    for node in graph.nodes:
+        source = node.args[0] if node in views else _written(node)
+        shared[node] = before = shared[source] if isinstance(source, fx.Node) else []
+        if node in views and node.target is _aten.detach.default:
+            outside = any(n.op in ("placeholder", "get_attr") for n in before)
+            if not outside and not any(position[u] > position[node] for n in before for u in n.users):
+                alone.add(node)
+        before.append(node)
+    return alone
+
+
+def _given(operation: Any) -> list[tuple[str, str]]:
+    """Names and types of an operation's arguments after the first."""
+    return [(a.name, str(a.type)) for a in operation._schema.arguments[1:]]
+
+
 def _memory(node: fx.Node) -> set[int]:
     values = node.meta.get("val")
     values = values if isinstance(values, (tuple, list)) else (values,)
@@ -252,8 +278,13 @@ def _functional(node: fx.Node) -> Any:
     plain = f"__{name[3:]}" if name.startswith("__i") else name.rstrip("_")
     overload = getattr(node.target, "_overloadname", "default") or "default"
     for candidate in (plain, f"{plain}_functional"):
-        functional = getattr(getattr(_aten, candidate, None), overload, None)
-        own = getattr(functional, "_schema", None)
-        if own is not None and not own.is_mutable and own.arguments[0].name in ("self", "input"):
-            return functional
+        forms = getattr(_aten, candidate, None)
+        # Most overloads have the same name in both; but `floor_divide_.Tensor` is `floor_divide.default`.
+        others = [o for o in forms.overloads() if _given(getattr(forms, o)) == _given(node.target)] if forms else []
+        for functional in [getattr(forms, o, None) for o in [overload, *others]]:
+            own = getattr(functional, "_schema", None)
+            first = own.arguments[0] if own is not None and not own.is_mutable else None
+            # `pow.Scalar` is that of a number, to the power of a tensor.
+            if first is not None and first.name in ("self", "input") and str(first.type) == "Tensor":
+                return functional
     raise CaptureError(f"in-place operation {node.target} in {where(node)} has no functional form")
