@@ -6,8 +6,10 @@ unless it is traced, and a module that does not know that it is causal then sees
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,10 +33,15 @@ logger = logging.getLogger(__name__)
 
 LIMIT = 1e11
 """Multiplications of a forward up to which a graph is checked: a few seconds on a core."""
+_GRADIENTS_LIMIT = LIMIT / 4
+"""Up to which its gradients are checked too, which take three times as long."""
 _TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-4}
 """Difference that counts as none, relative to the largest number."""
+_GRADIENT_SLACK = 10
+"""Times that, for gradients, relative to the largest of all: they are sums of terms that largely cancel."""
 _DISTURBANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
 _CPU = torch.device("cpu")
+_GRADIENT = "the gradient of "
 _ATTENTION = "aten.scaled_dot_product_attention"
 Values = dict[str, torch.Tensor]
 
@@ -42,7 +49,8 @@ Values = dict[str, torch.Tensor]
 def check_numbers(graph: Graph, model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None) -> bool:
     """Compare what `graph` and `model` give for a few samples of `batch`, without dropout, on the CPU.
 
-    Both run on the batch, and with attention masks that hide nothing where its own do, or something where they do not.
+    In training that is the loss (or the outputs) and, unless it would take long, the gradient of every parameter. Both
+    run on the batch, and with attention masks that hide nothing where its own do, or something where they do not.
     Nothing is said of steps that are too large (`LIMIT`), that draw other random numbers, that do not run on what the
     batch holds, or that rounding alone changes; of those in half precision, where rounding may be all; and of models
     that are not in memory here, which need not fit.
@@ -57,7 +65,8 @@ def check_numbers(graph: Graph, model: nn.Module, batch: Mapping[str, Any], dtyp
     total = batch_size(batch)
     # What the batch said holds for all of its samples.
     samples = SAMPLES[0] if graph.guards is None else total
-    if not _comparable(model, dtype) or _work(graph, samples) > LIMIT or _draws(graph):
+    work = _work(graph, samples)
+    if not _comparable(model, dtype) or work > LIMIT or _draws(graph):
         return False
     try:
         inputs = {name: repeated(name, value, samples, total, _CPU) for name, value in batch.items()}
@@ -66,7 +75,8 @@ def check_numbers(graph: Graph, model: nn.Module, batch: Mapping[str, Any], dtyp
         return False
     # A graph that holds for any values is for other masks too, which code likes to ask about.
     trials = [inputs, *(_other_masks(inputs) if graph.guards is None else ())]
-    compared = [_compare(graph, model, trial, samples, dtype) for trial in trials]
+    both = _Both(graph, model, samples, dtype, graph.training and work <= _GRADIENTS_LIMIT)
+    compared = [both.compare(trial) for trial in trials]
     return compared[0]
 
 
@@ -82,51 +92,87 @@ def _other_masks(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**inputs, **other}] if other else []
 
 
-def _compare(
-    graph: Graph, model: nn.Module, inputs: Mapping[str, Any], samples: int, dtype: torch.dtype | None
-) -> bool:
-    """Whether graph and model could be compared on `inputs`. Raises CaptureError where they differ."""
-    try:
-        computed = _run(graph, model, inputs, samples, dtype)
-        plain = _plain(graph, model, inputs, dtype)
-        wrong = _difference(computed, plain)
-        if wrong is None:
-            return bool(plain)
-        if _difference(_plain(graph, model, inputs, dtype, disturbed=True), plain) is not None:
+@dataclass(frozen=True)
+class _Both:
+    """A graph and the model that it was captured from."""
+
+    graph: Graph
+    model: nn.Module
+    samples: int
+    dtype: torch.dtype | None
+    with_gradients: bool
+
+    def compare(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether they could be compared on `inputs`. Raises CaptureError where they differ."""
+        try:
+            computed, plain = self._of_graph(inputs), self._of_model(inputs)
+            wrong = _difference(computed, plain)
+            if wrong is None:
+                return bool(plain)
+            # Two more runs tell whether rounding alone does as much.
+            if any(_difference(self._of_model(inputs, disturbed=True), plain) is not None for _ in range(2)):
+                return False
+        except Exception as error:
+            logger.debug("rannc: what was captured was not compared with the model: %s", plain_reason(error))
             return False
-    except Exception as error:
-        logger.debug("rannc: what was captured was not compared with the model: %s", plain_reason(error))
-        return False
-    raise CaptureError(
-        f"{type(model).__name__} computes something else while it is captured than it does in plain training: {wrong}. "
-        "Some of its code asks whether it is being exported (torch.compiler.is_exporting, Transformers' is_tracing), "
-        "for instance to leave a mask out. What to try: attn_implementation='eager', or another version of the model"
-    )
+        raise CaptureError(
+            f"{type(self.model).__name__} computes something else while it is captured than it does in plain training: "
+            f"{wrong}. Some of its code may ask whether it is being exported (torch.compiler.is_exporting, "
+            "Transformers' is_tracing), for instance to leave a mask out. What to try: attn_implementation='eager', or "
+            "another version of the model"
+        )
+
+    @contextlib.contextmanager
+    def _state(self, disturbed: bool = False) -> Iterator[dict[str, nn.Parameter]]:
+        """On the CPU, with copies of the parameters (`disturbed` by rounding); yields those that are trained."""
+        make = real_state(self.dtype, _CPU)
+        trained = {n for n, p in self.model.named_parameters() if p.requires_grad and p.is_floating_point()}
+
+        def state(tensor: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
+            own = make(tensor, module, name)
+            if not disturbed or not isinstance(own, nn.Parameter) or own.dtype not in _DISTURBANCE:
+                return own
+            return nn.Parameter(own * (1 + _DISTURBANCE[own.dtype] * torch.randn_like(own)), False)
+
+        with set_apart([]), lent_state(self.model, state), no_autocast(), NoDropout():
+            parameters = dict(self.model.named_parameters()) if self.with_gradients else {}
+            for name in trained & parameters.keys():
+                parameters[name].requires_grad_()
+            yield {n: p for n, p in parameters.items() if n in trained}
+
+    def _of_model(self, inputs: Mapping[str, Any], disturbed: bool = False) -> Values:
+        """What the model gives, by the paths of the graph's outputs, and gradients."""
+        graph = self.graph
+        with self._state(disturbed) as trained, torch.set_grad_enabled(self.with_gradients):
+            structure = self.model(**inputs)
+            if graph.training and not graph.split:
+                loss = find_loss(structure)
+                values = dict.fromkeys(graph.outputs, loss) if isinstance(loss, torch.Tensor) else {}
+            else:
+                leaves = pytree.tree_flatten_with_path(structure)[0]
+                tensors = {output_path(keys): v for keys, v in leaves if isinstance(v, torch.Tensor)}
+                values = {path: tensors[path] for path in graph.outputs if path in tensors}
+            return values | _gradients(values, trained)
+
+    def _of_graph(self, inputs: Mapping[str, Any]) -> Values:
+        """What the graph gives for all samples at once, by the paths of its outputs, and gradients."""
+        with self._state() as trained, torch.set_grad_enabled(self.with_gradients):
+            values = _run(self.graph, self.model, inputs, self.samples)
+            return values | _gradients(values, trained)
 
 
-def _plain(
-    graph: Graph, model: nn.Module, inputs: Mapping[str, Any], dtype: torch.dtype | None, disturbed: bool = False
-) -> Values:
-    """What the model gives, by the paths of the graph's outputs; with parameters `disturbed` by rounding."""
-    make = real_state(dtype, _CPU)
-
-    def state(tensor: torch.Tensor, module: nn.Module, name: str) -> torch.Tensor:
-        own = make(tensor, module, name)
-        if not disturbed or not isinstance(own, nn.Parameter) or own.dtype not in _DISTURBANCE:
-            return own
-        return nn.Parameter(own * (1 + _DISTURBANCE[own.dtype] * torch.randn_like(own)), False)
-
-    with set_apart([]), lent_state(model, state), no_autocast(), NoDropout():
-        structure = model(**inputs)
-    if graph.training and not graph.split:
-        loss = find_loss(structure)
-        return dict.fromkeys(graph.outputs, loss) if isinstance(loss, torch.Tensor) else {}
-    leaves = pytree.tree_flatten_with_path(structure)[0]
-    return {p: v for keys, v in leaves if (p := output_path(keys)) in graph.outputs and isinstance(v, torch.Tensor)}
+def _gradients(values: Values, parameters: Mapping[str, nn.Parameter]) -> Values:
+    """Of the outputs' sum, weighted so that no part of it can cancel another, for each of the `parameters`."""
+    outputs = [v for v in values.values() if v.requires_grad]
+    if not outputs or not parameters:
+        return {}
+    weights = [torch.arange(v.numel(), dtype=v.dtype).cos_().view(v.shape) for v in outputs]
+    found = torch.autograd.grad(outputs, list(parameters.values()), weights, allow_unused=True)
+    return {f"{_GRADIENT}{n}": torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found)}
 
 
-def _run(graph: Graph, model: nn.Module, inputs: Mapping[str, Any], samples: int, dtype: torch.dtype | None) -> Values:
-    """What the graph gives for all samples at once, by the paths of its outputs."""
+def _run(graph: Graph, model: nn.Module, inputs: Mapping[str, Any], samples: int) -> Values:
+    """The graph's outputs for all samples at once, with the parameters that `model` has now."""
     nodes = graph.nodes
     counts = {c.placeholder: c for c in graph.counts}
     values: dict[fx.Node, Any] = {}
@@ -155,9 +201,8 @@ def _run(graph: Graph, model: nn.Module, inputs: Mapping[str, Any], samples: int
                     values[node] = given(node.name) if node.op == "placeholder" else _call(graph, node, values, samples)
             stack += missing
 
-    with set_apart([]), lent_state(model, real_state(dtype, _CPU)), no_autocast(), NoDropout():
-        for name in graph.outputs.values():
-            compute(nodes[name])
+    for name in graph.outputs.values():
+        compute(nodes[name])
     return {path: values[nodes[name]] for path, name in graph.outputs.items()}
 
 
@@ -200,7 +245,8 @@ def _work(graph: Graph, samples: int) -> float:
 
 
 def _difference(found: Values, wanted: Values) -> str | None:
-    """The first output that differs, in words."""
+    """The first output or gradient that differs, in words."""
+    largest = max((_largest(v) for path, v in wanted.items() if path.startswith(_GRADIENT)), default=0.0)
     for path, value in wanted.items():
         other = found.get(path)
         if other is None or not value.numel() or not {value.dtype, other.dtype} <= _TOLERANCES.keys():
@@ -208,8 +254,15 @@ def _difference(found: Values, wanted: Values) -> str | None:
         tolerance = max(_TOLERANCES[v.dtype] for v in (value, other))
         if value.shape != other.shape:
             return f"'{path}' has the shape {tuple(other.shape)} for {tuple(value.shape)}"
-        a, b = other.double().nan_to_num(), value.double().nan_to_num()
-        off, scale = float((a - b).abs().max()), float(b.abs().max())
+        off, scale = _largest(other.double().nan_to_num() - value.double().nan_to_num()), _largest(value)
+        if path.startswith(_GRADIENT):
+            tolerance, scale = tolerance * _GRADIENT_SLACK, largest
         if off > tolerance * scale:
-            return f"'{path}' is off by {off / max(scale, 1e-300):.1e} of its size"
+            what = path if path.startswith(_GRADIENT) else f"'{path}'"
+            return f"{what} is off by {off / max(scale, 1e-300):.1e} of its size"
     return None
+
+
+def _largest(value: torch.Tensor) -> float:
+    """The largest magnitude in a tensor."""
+    return float(value.detach().to_dense().double().nan_to_num().abs().max()) if value.numel() else 0.0

@@ -45,6 +45,21 @@ def test_what_is_left_out_unless_exported_is_refused(dtype: torch.dtype):
     checked(Net(honest=True).to(dtype), dtype)
 
 
+class OtherBackward(Net):
+    """The same loss, without the gradients of a layer."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = torch.tanh(self.first(x))
+        kept = hidden.detach() if torch.compiler.is_compiling() else hidden
+        return {"loss": nn.functional.cross_entropy(self.last(kept + 0.5 * hidden), labels)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_another_backward_is_refused(dtype: torch.dtype):
+    with pytest.raises(CaptureError, match=r"the gradient of first\.(weight|bias) is off by"):
+        checked(OtherBackward(honest=True).to(dtype), dtype)
+
+
 def test_neither_half_precision_nor_models_without_memory_are_compared():
     with torch.device("meta"):
         absent = Net(honest=False)
