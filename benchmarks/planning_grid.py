@@ -33,8 +33,8 @@ HEADER = """# Plans for large models
 Written by `benchmarks/planning_grid.py`: `rannc plan` for the models of RaNNC's paper (M. Tanaka et al., IPDPS 2021) on
 its cluster, {cluster} (4 nodes of 8 V100), BERT pretraining at sequence length 512 and global batch 256. The paper
 reports that Megatron-LM trained up to about 2.5B parameters there, and RaNNC up to 12.9B. Times and memory are
-predictions from the device table; nothing here was run on V100s. Where stages × replicas are more than
-32, devices run several stages; max/mean compares what devices compute in a step. Planning times are cold, on one core of
+predictions from the device table; nothing here was run on V100s. Where stages × replicas are more than 32,
+devices run several stages; max/mean compares what devices compute in a step. Planning times are cold, on one core of
 {cpu} (torch {torch}, transformers {transformers}).
 
 | hidden | layers | parameters | beyond Megatron-LM | stages | replicas | microbatches | recompute | shard \
