@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from .ambient import no_autocast, plain_context, quiet_export
+from .ambient import no_autocast, no_foreign_kernels, plain_context, quiet_export
 from .chances import Chances
 from .errors import CaptureError
 from .opaque.prepare import Regions
@@ -78,7 +78,7 @@ def export_step(
             with fake_state(model, fake_mode, dtype), no_autocast(), watch, Chances(), answered:
                 if regions is not None:
                     regions.install(model, samples)
-                with quiet_export():
+                with quiet_export(), no_foreign_kernels():
                     program = torch.export.export(model, (), kwargs=inputs, strict=False)
         except Exception as error:
             # What a module refuses to do by a message of ours is refused wherever it runs, unless that names a module.

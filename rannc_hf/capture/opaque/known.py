@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from torch import nn
 from ..errors import CaptureError, NotSplittable
 from ..graph import ValueSpec
 from ..passes.per_sample import SAMPLES, proportional
+from .guarded import UNCHECKED, Guarded, UncheckedError
 from .parts import Event, Parts
 from .probe import Call, state_names
 from .region import Part, Region, Stub
@@ -119,14 +121,17 @@ def _check_calls(
     """Refuse a forward that calls other submodules for other values, or for a sample alone."""
     small, large = ([t[i] for i in given] for t in tensors)
     specs = [_spec(a, b, f"{what} is given") for a, b in zip(small, large, strict=True)]
-    for trial in [large, *stressed(large, specs)]:
+    for trial, made_up in [(large, False), *stressed(large, specs)]:
         for start, stop in [(0, SAMPLES[1]), *((i, i + 1) for i in range(SAMPLES[1]))]:
             part = _slice(trial, specs, start, stop)
             try:
-                with torch.no_grad(), torch.random.fork_rng([]):
+                guard = Guarded() if made_up else contextlib.nullcontext()
+                with torch.no_grad(), torch.random.fork_rng([]), guard:
                     region.run([*part, *state], stop - start)
             except CaptureError:
                 raise
+            except UncheckedError as error:
+                raise CaptureError(f"{what} {UNCHECKED.format(error)}", region.path) from error
             except Exception:
                 # Values that it does not take say nothing.
                 continue
@@ -208,17 +213,19 @@ def _unused(region: Region, values: Sequence[torch.Tensor], specs: Sequence[Valu
         raise CaptureError(f"the code of '{region.path}' does not run by itself: {error}", region.path) from error
     reached = {id(leaf) for leaf, gradient in zip(wanted, found) if gradient is not None}
     state = [ValueSpec(tuple(v.shape), v.dtype, None, 0, False) for v in values[len(specs) :]]
-    trials = [(list(trial), samples) for trial in [values, *stressed(values, [*specs, *state])]]
+    both = [*specs, *state]
+    trials = [(list(trial), samples, made_up) for trial, made_up in [(values, False), *stressed(values, both)]]
     # What is decided for all samples together may only show where there is one.
-    trials += [(_slice(trial, [*specs, *state], i, i + 1), 1) for trial, _ in trials for i in range(2)]
-    expected = [_results(region, trial, count) for trial, count in trials]
+    trials += [(_slice(trial, both, i, i + 1), 1, made_up) for trial, _, made_up in trials for i in range(2)]
+    expected = [_results(region, *trial) for trial in trials]
 
     def same(left: Collection[int]) -> bool:
         smaller = _without(region, specs, left)
-        for (trial, count), wanted in zip(trials, expected):
+        zeros = any(not values[i].is_floating_point() for i in left)
+        for (trial, count, made_up), wanted in zip(trials, expected):
             if wanted is None:
                 continue
-            made = _results(smaller, [v for i, v in enumerate(trial) if i not in left], count)
+            made = _results(smaller, [v for i, v in enumerate(trial) if i not in left], count, made_up or zeros)
             if made is None or not all(_equal(a, b) for a, b in zip(made, wanted, strict=True)):
                 return False
         return True
@@ -232,9 +239,10 @@ def _unused(region: Region, values: Sequence[torch.Tensor], specs: Sequence[Valu
     return alone if same(alone) else set()
 
 
-def _results(region: Region, values: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor] | None:
+def _results(region: Region, values: Sequence[torch.Tensor], samples: int, made_up: bool) -> list[torch.Tensor] | None:
+    guard = Guarded() if made_up else contextlib.nullcontext()
     try:
-        with torch.no_grad(), torch.random.fork_rng([]):
+        with torch.no_grad(), torch.random.fork_rng([]), guard:
             torch.manual_seed(0)
             return region.run(values, samples)
     except Exception:

@@ -16,15 +16,18 @@ Values = list[torch.Tensor]
 _Change = Callable[[torch.Tensor, ValueSpec, int], torch.Tensor]
 
 
-def stressed(values: Sequence[torch.Tensor], specs: Sequence[ValueSpec]) -> Iterator[Values]:
-    """Variants of `values`. Only inputs that have samples are changed."""
-    for change in (_positive, _signs, _halves, _sizes, _noise, _rolled, _ignored, _hidden):
+def stressed(values: Sequence[torch.Tensor], specs: Sequence[ValueSpec]) -> Iterator[tuple[Values, bool]]:
+    """Variants of `values`, and whether their whole numbers are made up: then code may not survive them (`Guarded`).
+
+    Only inputs that have samples are changed.
+    """
+    for change in (_exchanged, _positive, _signs, _halves, _sizes, _noise, _rolled, _ignored, _hidden):
         made = [
             change(value, spec, index) if spec.batch_dim is not None else value
             for index, (value, spec) in enumerate(zip(values, specs))
         ]
         if any(a is not b for a, b in zip(made, values)):
-            yield made
+            yield made, change in (_rolled, _ignored, _hidden)
 
 
 def noise(shape: Sequence[int], seed: int) -> torch.Tensor:
@@ -42,6 +45,12 @@ def _each(value: torch.Tensor, spec: ValueSpec, numbers: torch.Tensor) -> torch.
 def _samples(value: torch.Tensor, spec: ValueSpec) -> int:
     assert spec.batch_dim is not None
     return value.shape[spec.batch_dim] // max(spec.rows, 1)
+
+
+def _exchanged(value: torch.Tensor, spec: ValueSpec, index: int) -> torch.Tensor:
+    """Whole samples in another order: values of a batch, whatever code asks of them."""
+    assert spec.batch_dim is not None
+    return value.roll(spec.rows, spec.batch_dim)
 
 
 def _signs(value: torch.Tensor, spec: ValueSpec, index: int) -> torch.Tensor:
