@@ -42,6 +42,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dpt": {"num_hidden_layers": 4, "backbone_out_indices": (0, 1, 2, 3)},
     "efficientnet": _EFFICIENT,
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "funnel": {"block_sizes": lambda layers: [layers // 2] * 2, "block_repeats": [1, 1], "d_head": 16, "d_inner": 64},
     "gemma3": {"mm_tokens_per_image": 4},
     "granite4_vision": _TILES,
     "hgnet_v2": {

@@ -18,6 +18,8 @@ READS = frozenset(
 SIZED = ("arange", "range", "linspace", "zeros", "ones", "full", "empty", "narrow", "new_zeros", "new_ones",
          "new_full")  # fmt: skip
 """Functions that read numbers out of tensors they are given as sizes."""
+RANGES = ("arange", "range", "linspace")
+"""Those whose numbers need not be whole."""
 _SHAPED = (
     "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "_unique2", "_unique_consecutive_impl",
     "_unique_impl", "bincount",

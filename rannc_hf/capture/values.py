@@ -26,6 +26,7 @@ from .calls import (
     CREATES,
     DESCRIBES,
     RANDOM,
+    RANGES,
     READS,
     SIZED,
     count_shares,
@@ -279,7 +280,8 @@ class Known(TorchFunctionMode):
         """Arguments with known scalars as the numbers they are, where a size or a bound is meant."""
 
         def number(x: Any) -> Any:
-            scalar = isinstance(x, torch.Tensor) and x.dim() == 0 and not x.dtype.is_floating_point
+            scalar = isinstance(x, torch.Tensor) and x.dim() == 0
+            scalar = scalar and (name in RANGES or not x.dtype.is_floating_point)
             return self.number(x) if scalar and x.dtype != torch.bool and self._get(x) is not None else x
 
         def bounds(x: Any) -> Any:

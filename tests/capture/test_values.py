@@ -148,6 +148,18 @@ def test_values_changed_in_place_are_followed() -> None:
     assert not graph.guards.hold({**batch, "lengths": LENGTHS + 5})
 
 
+def test_bounds_of_a_range_in_tensors_that_are_not_whole_numbers() -> None:
+    def body(net: Net, x: torch.Tensor, lengths: torch.Tensor) -> Any:
+        place = torch.arange(6).to(x.dtype)
+        steps = torch.arange(place[-1] - place[0], place[0] - 1, -1, dtype=torch.long)
+        rest = torch.arange(lengths.max() / 2)
+        h = net.first(x) * torch.outer(steps.new_ones(6), steps)[0]
+        return net.second(h).pow(2).sum() * len(rest)
+
+    graph = check(Net(body), {"x": numbers(), "lengths": LENGTHS})
+    assert graph.guards is not None and graph.guards.values == (5.0, -1.0, 2.5)
+
+
 def test_checks_of_activations_are_taken_to_pass() -> None:
     def body(net: Net, x: torch.Tensor) -> Any:
         h = net.first(x).exp()
