@@ -44,6 +44,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "funnel": {"block_sizes": lambda layers: [layers // 2] * 2, "block_repeats": [1, 1], "d_head": 16, "d_inner": 64},
     "gemma3": {"mm_tokens_per_image": 4},
+    "gemma3n": {"vision_soft_tokens_per_image": 4, "audio_soft_tokens_per_image": 8},
+    "gemma3n_text": {"intermediate_size": lambda layers: [64] * layers},
+    "gemma3n_vision": {
+        "architecture": "resnet18",
+        "model_args": {"channels": (16, 16, 32, 64), "layers": (1, 1, 1, 1)},
+    },
     "granite4_vision": _TILES,
     "hgnet_v2": {
         "stem_channels": (3, 8, 16),
