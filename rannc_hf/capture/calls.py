@@ -62,6 +62,15 @@ def is_number(value: Any) -> bool:
     return not isinstance(value, torch.Tensor) or value.dim() == 0
 
 
+def is_same(table: torch.Tensor, index: Any, value: Any) -> bool:
+    """Whether ``table[index] = value`` writes the same to all entries that a mask picks."""
+    if is_number(value):
+        return True
+    masks = index if isinstance(index, tuple) else (index,)
+    mask = masks[0] if len(masks) == 1 and is_mask(masks[0]) else None
+    return mask is not None and mask.dtype == torch.bool and value.dim() <= table.dim() - mask.dim()
+
+
 def without_models(func: Any, name: str, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
     """A call that takes just the shape or the dtype of another tensor, without it."""
     others = [x for x in args[1:] if isinstance(x, torch.Tensor)]

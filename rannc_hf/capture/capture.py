@@ -33,6 +33,7 @@ from .passes.counts import Counts, count_samples
 from .passes.functionalize import functionalize
 from .passes.independence import check_independent
 from .passes.loss import globalize
+from .passes.masked_writes import write_by_where
 from .passes.out_variants import rewrite_outs
 from .passes.per_sample import SAMPLES, merge, spec
 from .passes.preamble import copy_outputs, mark_gradients, mark_preamble
@@ -177,6 +178,7 @@ def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: 
     updates = functionalize(graph, export.fake_mode, export.buffer_inputs, export.parameter_inputs, training=training)
     output.args = ((*output.args[0], *updates.values()),)
     drop_lifts(graph)
+    write_by_where(graph, export.fake_mode)
     relax_views(graph)
     spell_types(graph)
     drop_dead(graph)

@@ -31,7 +31,7 @@ from .calls import (
     SIZED,
     count_shares,
     is_mask,
-    is_number,
+    is_same,
     is_shaped,
     leaves_of,
     map_tensors,
@@ -190,7 +190,9 @@ class Known(TorchFunctionMode):
         foreign = isinstance(func, torch._ops.OpOverload) and func.namespace not in ("aten", "prims")
         if None in shadows or foreign or RANDOM.search(name):
             result = func(*args, **kwargs)
-            target = self._get(args[0]) if writes and args and isinstance(args[0], torch.Tensor) else None
+            # Functions of `torch.nn.init` come with names alone.
+            written = args[0] if args else next(iter(kwargs.values()), None)
+            target = self._get(written) if writes and isinstance(written, torch.Tensor) else None
             if target is not None:
                 self._spoilt.add(target.value.untyped_storage()._cdata)
             return result
@@ -296,7 +298,7 @@ class Known(TorchFunctionMode):
 
     def _with_positions(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Arguments with known masks as the positions they pick, and the size of a result that depends on numbers."""
-        if name in ("__getitem__", "__setitem__") and not (name == "__setitem__" and is_number(args[2])):
+        if name in ("__getitem__", "__setitem__") and not (name == "__setitem__" and is_same(*args)):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             index = tuple(p for x in index for p in self._positions(x))
             return (args[0], index if isinstance(args[1], tuple) or len(index) > 1 else index[0], *args[2:]), kwargs
@@ -323,7 +325,7 @@ class Known(TorchFunctionMode):
             mask = mask[0]
         if not is_mask(mask) or mask.dim() == 0 or self._get(mask) is None or mask.shape[0] % self._samples:
             return False, None
-        if name == "__setitem__" and (is_number(args[2]) or args[2].dim() <= table.dim() - mask.dim()):
+        if name == "__setitem__" and is_same(*args):
             return False, None
         each, alike = self._shares(mask)
         if not alike:

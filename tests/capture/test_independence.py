@@ -111,6 +111,8 @@ INDEPENDENT: dict[str, Body] = {
     ),
     "beams": lambda net, x: rows(net, x).repeat_interleave(3, 0).view(len(x), 3, LENGTH, WIDTH).sum(1),
     "masked write": lambda net, x: rows(net, x).index_put((x > 0,), torch.tensor(0.5, dtype=x.dtype)),
+    "masked write of one row": lambda net, x: rows(net, x).index_put((x[..., 0] > 0,), net.weights * net.first.bias),
+    "masked write in some samples": lambda net, x: rows(net, x).index_put((x[:, 0, 0] > 0,), net.second.bias),
     "windows of memory": lambda net, x: (
         (rows(net, x) * 1).as_strided((len(x), 3, 2, WIDTH), (LENGTH * WIDTH, WIDTH, WIDTH, 1))
     ),

@@ -183,3 +183,15 @@ def test_branches_beside_checks_are_no_checks() -> None:
 
     with pytest.raises(CaptureError, match="data-dependent"):
         capture(Net(body), {"x": numbers()})
+
+
+def test_one_row_written_where_a_known_mask_says() -> None:
+    def body(net: Net, x: torch.Tensor, ids: torch.Tensor) -> Any:
+        h = net.first(x) * (2 if (ids == 1).any() else 1)
+        h[ids == 1] = net.second.bias
+        return net.second(h).pow(2).mean()
+
+    uneven = torch.cat([torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0]]), IDS[2:]])
+    graph = check(Net(body), {"x": numbers(7, 4, 6), "ids": uneven})
+    # Which entries are written is no reason to capture again.
+    assert graph.guards is not None and graph.guards.values == (True,)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.fx as fx
 
 from ..errors import CaptureError, blamed, where
@@ -81,8 +80,6 @@ class _Step:
             return _ANY
         if name == "arange":
             return self.counted()
-        if name == "index_put" and self.masked_write():
-            return self.same(self.sources)
         if name in _PICKS:
             return self.pick(*_PICKS[name](self.node))
         if not self.sources:
@@ -266,17 +263,6 @@ class _Step:
         if not (outermost and value.is_contiguous() and strides[0] == value.stride(0)):
             raise self.refuse("reads memory across the samples of a batch")
         return _PLAIN
-
-    def masked_write(self) -> bool:
-        """`x[mask] = number`: each entry for itself."""
-        table, indices, values = self.node.args[0], argument(self.node, "indices"), argument(self.node, "values")
-        own, mask = spec(table), indices[0] if len(indices) == 1 else None  # type: ignore[arg-type]
-        if name_of(self.node) != "aten.index_put" or mask is None or own is None:
-            return False
-        made = spec(mask)
-        assert made is not None
-        aligned = made.dtype == torch.bool and own.batch_dim == made.batch_dim and own.rows == made.rows
-        return aligned and math.prod(values.meta["val"].shape) == 1
 
     def pick(self, table: fx.Node, dim: int | None, index: fx.Node | None) -> _Order:
         """Entries of `table` chosen along `dim` by the numbers in `index`."""
