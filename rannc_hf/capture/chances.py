@@ -43,9 +43,10 @@ class Chances(TorchFunctionMode):
         elif compare := _COMPARES.get(name):
             self._settle(compare, args, result)
         elif (name.endswith("_") and not name.endswith("__")) or name == "__setitem__":
-            # Written to: no longer what was drawn, or compared.
-            for known in (self._draws, self._settled):
-                known.pop(args[0], None)
+            # Written to: no longer what was drawn, or compared. Functions of `torch.nn.init` come with names alone.
+            written = args[0] if args else next(iter((kwargs or {}).values()), None)
+            for known in (self._draws, self._settled) if isinstance(written, torch.Tensor) else ():
+                known.pop(written, None)
         return result
 
     def _settle(self, compare: Callable[[Any, Any], Any], args: Any, result: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from rannc_hf.capture import CaptureError, capture
 from tests.capture.harness import Net, check, numbers
@@ -35,6 +36,17 @@ def test_a_branch_that_is_always_taken() -> None:
         return (net.first(x) if torch.rand(1) < 1.0 else net.second(x)).pow(2).mean()
 
     assert check(Net(body), {"x": numbers()}).gradient_parameters() == {"first.weight", "first.bias"}
+
+
+def test_a_layer_made_while_forward_runs() -> None:
+    """As BigBird makes its layers anew for short sequences, with the weights that it has."""
+
+    def body(net: Net, x: torch.Tensor) -> torch.Tensor:
+        made = nn.Linear(6, 6, dtype=x.dtype)
+        made.weight, made.bias = net.second.weight, net.second.bias
+        return made(net.first(x)).pow(2).mean()
+
+    check(Net(body), {"x": numbers()})
 
 
 @pytest.mark.parametrize(
