@@ -123,7 +123,8 @@ def add_text(maker: Maker) -> None:
     ids = torch.cat([*prefix, ids], 1) if prefix else ids
     mask = torch.cat([torch.ones(maker.samples, ids.shape[1] - maker.length, dtype=torch.long), mask], 1)
     if maker.name.endswith("MultipleChoice"):
-        ids, mask = ids.unsqueeze(1).repeat(1, 2, 1), mask.unsqueeze(1).repeat(1, 2, 1)
+        # Equal choices would have no gradients.
+        ids, mask = torch.stack([ids, ids.roll(1, -1)], 1), mask.unsqueeze(1).repeat(1, 2, 1)
     pad = maker.find("pad_token_id")
     maker.fields["input_ids"] = ids.masked_fill(mask == 0, pad if isinstance(pad, int) and pad >= 0 else 0)
     maker.put("attention_mask", lambda: mask)

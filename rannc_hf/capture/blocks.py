@@ -93,8 +93,8 @@ def _cuts(
 def _crossing_bytes(body: list[fx.Node], outputs: set[fx.Node], sums: set[fx.Node]) -> list[int | None]:
     """For each position, bytes a sample of the values that cross it; None where a cut is not possible.
 
-    A cut is impossible where a tuple crosses, or a value with several rows a sample (which of its rows belong to
-    which sample cannot be told from its shape), or a sum over samples (each replica holds only its part of it).
+    A cut is impossible where a tuple crosses, or a value with several rows a sample of which it is not known which rows
+    belong to which sample (its shape does not tell), or a sum over samples (each replica holds only its part of it).
     """
     position = {n: i for i, n in enumerate(body)}
     size = [0] * (len(body) + 1)
@@ -104,7 +104,8 @@ def _crossing_bytes(body: list[fx.Node], outputs: set[fx.Node], sums: set[fx.Nod
         if node in outputs:
             last = max(last, i)
         own = spec(node)
-        cannot = own is None or (own.batch_dim is not None and own.rows != 1) or node in sums
+        unordered = own is not None and own.batch_dim is not None and own.rows != 1 and not node.meta.get("ordered")
+        cannot = own is None or unordered or node in sums
         size[i + 1] += own.bytes_at(1) if own is not None else 0
         blocked[i + 1] += cannot
         if last + 1 <= len(body):

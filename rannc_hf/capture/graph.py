@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 class ValueSpec:
     """Shape and dtype of a value for any number of samples.
 
-    `shape` is the shape for one sample: a value with `batch_dim` d has `samples * rows` entries along d. Where `rows`
-    is 1 they are the samples in order. `batch_dim` is None for a value without samples: one that is the same for all,
+    `shape` is the shape for one sample: a value with `batch_dim` d has `samples * rows` entries along d. They are
+    `runs` runs of all samples in order, each with ``rows // runs`` entries a sample: 2 where a model works on
+    ``cat([x, y])``. `batch_dim` is None for a value without samples: one that is the same for all,
     or a sum over those of a slice (`Graph.sums`).
     """
 
@@ -38,12 +39,29 @@ class ValueSpec:
     batch_dim: int | None
     rows: int
     needs_grad: bool
+    runs: int = 1
 
     def at(self, samples: int) -> tuple[int, ...]:
         """The shape for `samples` samples."""
         if self.batch_dim is None:
             return self.shape
         return tuple(samples * self.rows if d == self.batch_dim else n for d, n in enumerate(self.shape))
+
+    def part(self, value: torch.Tensor, start: int, length: int) -> torch.Tensor:
+        """A view of `length` samples of `value`, from `start` on; of several runs, with a dimension more."""
+        if self.batch_dim is None:
+            return value
+        if self.runs == 1:
+            return value.narrow(self.batch_dim, start * self.rows, length * self.rows)
+        samples = value.shape[self.batch_dim] // self.rows
+        runs = value.unflatten(self.batch_dim, (self.runs, samples, self.rows // self.runs))
+        return runs.narrow(self.batch_dim + 1, start, length)
+
+    def joined(self, part: torch.Tensor) -> torch.Tensor:
+        """What `part` gave, in the shape of a value of as many samples; a view where it is contiguous."""
+        if self.batch_dim is None or self.runs == 1:
+            return part
+        return part.flatten(self.batch_dim, self.batch_dim + 2)
 
     def bytes_at(self, samples: int) -> int:
         """Size in bytes for `samples` samples."""

@@ -21,7 +21,7 @@ from .disk import write
 from .graph import Block, GlobalCount, Graph, ParameterSpec, ValueSpec
 from .passes.per_sample import PerSample
 
-_FORMAT = "rannc_hf graph 1"
+_FORMAT = "rannc_hf graph 2"
 _NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 """Kinds of arguments that are attributes of `torch`."""
 _OPERATORS = {f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul")}
@@ -119,12 +119,12 @@ def _tuples(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pack_spec(spec: ValueSpec) -> list[Any]:
-    return [list(spec.shape), _name(spec.dtype), spec.batch_dim, spec.rows, spec.needs_grad]
+    return [list(spec.shape), _name(spec.dtype), spec.batch_dim, spec.rows, spec.needs_grad, spec.runs]
 
 
 def _unpack_spec(data: list[Any]) -> ValueSpec:
-    shape, dtype, batch_dim, rows, needs_grad = data
-    return ValueSpec(tuple(shape), _torch("dtype", dtype), batch_dim, rows, needs_grad)
+    shape, dtype, batch_dim, rows, needs_grad, runs = data
+    return ValueSpec(tuple(shape), _torch("dtype", dtype), batch_dim, rows, needs_grad, runs)
 
 
 # -- nodes -----------------------------------------------------------------------------------------------------------

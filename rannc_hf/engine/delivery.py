@@ -218,6 +218,4 @@ def _held(executor: Executor, step: Step, route: Route) -> tuple[int, int]:
 def _samples(executor: Executor, route: Route, value: torch.Tensor, first: int) -> torch.Tensor:
     """The part of `value`, whose samples begin with `first` of the global batch, that a route is about."""
     spec = executor.program.graph.values[route.value]
-    if spec.batch_dim is None:
-        return value
-    return value.narrow(spec.batch_dim, (route.start - first) * spec.rows, (route.stop - route.start) * spec.rows)
+    return spec.part(value, route.start - first, route.stop - route.start)

@@ -187,19 +187,21 @@ class Executor:
         pending, copies = [], []
         for message in messages:
             target = into = whole
-            if message.dim is not None:
-                target = into = whole.narrow(message.dim, message.start, message.length)
+            if message.spec is not None:
+                target = into = message.spec.part(whole, message.start, message.length)
                 if not target.is_contiguous():
                     into = torch.empty(target.shape, dtype=dtype, device=self.device)
                     copies.append((target, into))
+            if message.spec is not None:
+                into = message.spec.joined(into)
             pending.append(self.transport.recv(message.channel, message.peer, into, message.what))
         return _Arrival(value, whole, pending, copies)
 
     def _send(self, instruction: Instruction, values: Mapping[str, torch.Tensor], step: Step) -> None:
-        for value, channel, peer, dim, start, length, what in instruction.messages:
+        for value, channel, peer, spec, start, length, what in instruction.messages:
             part = values[value]
-            if dim is not None:
-                part = part.narrow(dim, start, length)
+            if spec is not None:
+                part = spec.joined(spec.part(part, start, length))
             self.transport.send(channel, peer, part.contiguous(), what)
         if instruction.handed:
             backward, _, microbatch = instruction.slot

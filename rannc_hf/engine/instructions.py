@@ -28,8 +28,8 @@ class Message(NamedTuple):
     value: str
     channel: Channel
     peer: int
-    dim: int | None
-    """Dimension of the samples; None where all of this rank's value travels."""
+    spec: ValueSpec | None
+    """Where the samples are; None where all of this rank's value travels."""
     start: int
     """First sample, counted within this rank's slice of the microbatch."""
     length: int
@@ -118,8 +118,8 @@ class Preparation:
         # Between two stages of this rank nothing travels. Both cut microbatches alike.
         handed = [name for name in names if any(m.peer == self.rank for m in messages[name])]
         for name in handed:
-            ((_, _, _, dim, *_),) = messages.pop(name)
-            assert dim is None, (action, name)
+            ((_, _, _, spec, *_),) = messages.pop(name)
+            assert spec is None, (action, name)
         if kind.is_receive:
             rest = [(name, own, max(stop - start, 1)) for name, own in messages.items()]
             return bare._replace(buffers=tuple(buffer for each in rest for buffer in self._buffers(*each)))
@@ -141,9 +141,17 @@ class Preparation:
             if own != self.held[action.stage]:
                 continue
             length = route.stop - route.start
-            dim = None if length == stop - start else spec.batch_dim
+            whole = length == stop - start or spec.batch_dim is None
             found.append(
-                Message(name, channel, peers[other], dim, route.start - start, length, self._what(action, name))
+                Message(
+                    name,
+                    channel,
+                    peers[other],
+                    None if whole else spec,
+                    route.start - start,
+                    length,
+                    self._what(action, name),
+                )
             )
         return tuple(found)
 

@@ -140,7 +140,7 @@ def test_a_damaged_file_is_refused(saved, content):
         load_graph(path, KEY)
     path.write_bytes(b"")
     save_file({}, path, {"format": "other"})
-    with pytest.raises(ValueError, match="is not a 'rannc_hf graph 1' file"):
+    with pytest.raises(ValueError, match="is not a 'rannc_hf graph 2' file"):
         load_graph(path, KEY)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.fx as fx
@@ -47,7 +47,8 @@ _PLAIN = _Order(1)
 def check_order(graph: fx.Graph, preamble: set[fx.Node], local: Collection[fx.Node] = ()) -> None:
     """Refuse operations that put samples out of order, pick from other samples, or compute with a sample's position.
 
-    Those in `local` see one slice alone, and may.
+    Where the others' results have their samples is noted in ``meta["spec"]`` (`ValueSpec.runs`), and that it is known
+    in ``meta["ordered"]``. Those in `local` see one slice alone, and may.
 
     Raises:
         CaptureError: naming the operation and its module.
@@ -63,6 +64,9 @@ def check_order(graph: fx.Graph, preamble: set[fx.Node], local: Collection[fx.No
         orders[node] = step.order()
         if orders[node].position is not None and node not in preamble:
             raise step.refuse_position()
+        own = spec(node)
+        if own is not None:
+            node.meta.update(spec=replace(own, runs=orders[node].outer or 1), ordered=True)
 
 
 class _Step:
