@@ -72,11 +72,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mobilevit": {"image_size": 64},
     "mobilevitv2": {"image_size": 64},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "nemotron_h": {"n_groups": 2, "num_key_value_heads": 2},
     "omdet-turbo": {"encoder_in_channels": (32, 64, 128)},
     "rt_detr": _LEVELS,
     "pp_doclayout_v2": _LEVELS,
     "pp_doclayout_v3": _LEVELS,
     "rt_detr_v2": _LEVELS,
+    "dots3_note_vision_encoder": {
+        "mlp_layer_types": lambda layers: ["dense", "sparse"] * (layers // 2),
+        "per_layer_config": lambda layers: {
+            i: {"num_local_experts": 4, "num_experts_per_tok": 2} for i in range(1, layers, 2)
+        },
+    },
     "dots1": {
         "n_routed_experts": 4,
         "n_shared_experts": 1,
@@ -97,6 +104,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "t5gemma2_encoder": {"mm_tokens_per_image": 4},
     "shieldgemma2": {"mm_tokens_per_image": 4},
     "textnet": {"stem_out_channels": 16},
+    "unlimited_ocr_sam_vision_model": {"downsample_channels": (32, 64)},
     "udop": {"decoder_start_token_id": 0},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "vitmatte": {"fusion_hidden_sizes": [32, 16, 16, 8]},
