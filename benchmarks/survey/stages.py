@@ -14,6 +14,7 @@ from torch import nn
 
 from rannc_hf.capture import Graph, capture
 from rannc_hf.capture.asked import told_as_plain
+from rannc_hf.capture.folded import fold, rows_of
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine.transport import LocalWorld, Transport
@@ -159,7 +160,8 @@ def run_ranks(
         assert wrapped.store is not None
         return loss.item(), {n: p.grad for n, p in wrapped.store.owned.items()}
 
-    shapes = {k: describe(v) for k, v in subject.maker.fields.items()}
+    fields = subject.maker.fields
+    shapes = {k: describe(v) for k, v in fold(fields, rows_of(fields)[1]).items()}
 
     def captured(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Graph:
         # The one captured above, which is that of this very batch unless ranks put it together differently.

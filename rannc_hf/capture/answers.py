@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import CaptureError
 from .export import Export
+from .graph import Graph
 from .guards import Guards
 from .values import Known, Read
 
@@ -58,6 +59,22 @@ def answer(batch: Mapping[str, Any], samples: int, export: Callable[..., Export]
     same = frozenset(k for k, v in data.items() if not _batched(v, samples))
     asked = [read for read in known.reads if not read.fields <= alike | same]
     return Answers(data, samples, asked, known.guards(alike), alike | same)
+
+
+def guarded(graph: Graph, batch: Mapping[str, Any], samples: int) -> Graph:
+    """`graph` for batches in which some fields have several rows a sample, all as many.
+
+    Parts that run as they are read what they like. Where all samples of `batch` have the same whole numbers in a field,
+    such as the size of an image, these may say how many rows a sample has: they must be the same in all samples of
+    other batches too.
+    """
+    tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and _batched(v, samples)}
+    whole = {k: v for k, v in tensors.items() if not v.is_floating_point() and v.device.type != "meta"}
+    if not graph.opaque or any(isinstance(v, FakeTensor) for v in whole.values()):
+        return graph
+    alike = frozenset(k for k, v in whole.items() if bool((v == v[:1]).all()))
+    found = graph.guards or Guards({}, (), frozenset(), {})
+    return replace(graph, guards=replace(found, uniform=found.uniform | alike))
 
 
 def _batched(value: torch.Tensor, samples: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,12 +16,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .ambient import told_grad_mode
-from .answers import Answers, answer
+from .answers import Answers, answer, guarded
 from .asked import answers_about_tracing
 from .blocks import make_blocks
 from .errors import CaptureError
 from .experts import graph_friendly_experts, told_of_router_losses
-from .export import Export, batch_size, export_step
+from .export import Export, export_step
+from .folded import fold, rows_of, unfolded
 from .graph import Block, Graph, ParameterSpec
 from .opaque.operation import is_opaque, region_of
 from .opaque.prepare import Regions, mark_kinds
@@ -37,6 +38,7 @@ from .passes.masked_writes import write_by_where
 from .passes.out_variants import rewrite_outs
 from .passes.per_sample import SAMPLES, merge, spec
 from .passes.preamble import copy_outputs, mark_gradients, mark_preamble
+from .passes.ragged import check_ragged
 from .passes.regions import inline_regions
 from .passes.rejoin import rejoin
 from .passes.updates import check_samples, hoist, local_nodes, reduced, touching
@@ -53,6 +55,7 @@ def capture(
     dtype: torch.dtype | None = None,
     training: bool = True,
     loss: Losses = "fused",
+    folded: Collection[str] | None = None,
 ) -> Graph:
     """Capture one step ``model(**batch)`` as a `Graph` that holds for any number of samples.
 
@@ -63,21 +66,27 @@ def capture(
 
     Args:
         model: any module. It is left as it was: parameters, buffers, modes and attributes.
-        batch: arguments of `forward` by name; tensors have the samples in dimension 0. Nones are left out.
+        batch: arguments of `forward` by name; tensors have the samples in dimension 0, or as many rows for each sample,
+            one sample after the other. Nones are left out. The graph takes the latter as (samples, rows, ...).
         dtype: dtype of the floating parameters in the graph; None for their own.
         training: the mode to capture the model in. In evaluation `torch.is_grad_enabled()` is what it is at this call.
         loss: of a training graph: "fused", the model's own; "split", computed outside; "auto", the model's own where it
             returns one.
+        folded: the fields that are (samples, rows, ...) in `batch` already; None where it is as forward takes it.
 
     Raises:
         CaptureError: the message names the operation, the module it is in, and what to try.
         ValueError: for a batch without samples, or one whose fields disagree.
     """
     inputs = _arguments(model, batch)
-    total = batch_size(inputs)
+    if folded is None:
+        _, rows = rows_of(inputs)
+        inputs, folded = fold(inputs, rows), rows
+    total, _ = rows_of(inputs)
     grad_mode = told_grad_mode(training or torch.is_grad_enabled())
-    told = answers_about_tracing(model)
-    with preserved(model), grad_mode, graph_friendly_experts(model), told_of_router_losses(), told:
+    asked = answers_about_tracing(model)
+    told = told_of_router_losses()
+    with preserved(model), unfolded(model, folded), grad_mode, graph_friendly_experts(model), told, asked:
         # Modules that the user has set apart (a frozen part in eval mode) keep their own mode.
         if model.training != training:
             model.train(training)
@@ -88,8 +97,9 @@ def capture(
             if getattr(module, "gradient_checkpointing", False):
                 module.__dict__["gradient_checkpointing"] = False
         export = partial(export_step, model, inputs, total=total, dtype=dtype, loss=loss)
-        attempt = partial(_captured, model, batch, training, loss, partial(answer, inputs, total), export)
-        return with_regions(model, inputs, total, dtype, attempt)
+        attempt = partial(_captured, model, batch, training, loss, partial(answer, inputs, total), export, folded)
+        graph = with_regions(model, inputs, total, dtype, attempt)
+    return guarded(graph, inputs, total) if folded else graph
 
 
 def _captured(
@@ -99,6 +109,7 @@ def _captured(
     loss: Losses,
     answered: Callable[[Callable[..., Export]], Answers | None],
     export: Callable[..., Export],
+    folded: Collection[str],
     regions: Regions,
 ) -> Graph:
     """The graph of a step, with what the batch says only where it cannot be captured without."""
@@ -110,7 +121,7 @@ def _captured(
         small, large = _without_pairs(small, large)
         merge(small.graph, large.graph, (small.export.constants, large.export.constants))
         first = known[SAMPLES[0]]
-        return _finish(small, model, training, regions, first.scatters if first is not None else 0)
+        return _finish(small, model, training, regions, folded, first.scatters if first is not None else 0)
 
     try:
         return attempt(None)
@@ -186,7 +197,9 @@ def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: 
     return _Step(export, paths, _leaves(paths, export), loss_path, split, tuple(updates))
 
 
-def _finish(step: _Step, model: nn.Module, training: bool, regions: Regions, scatters: int) -> Graph:
+def _finish(
+    step: _Step, model: nn.Module, training: bool, regions: Regions, folded: Collection[str], scatters: int
+) -> Graph:
     graph, export = step.graph, step.export
     specs, names = _parameters(model, export)
     _redirect_tied(graph, names)
@@ -197,6 +210,7 @@ def _finish(step: _Step, model: nn.Module, training: bool, regions: Regions, sca
     output = next(n for n in graph.nodes if n.op == "output")
     by_path = dict(zip(step.paths, output.args[0]))
     local = local_nodes(graph, by_path.values())
+    check_ragged(graph, [n for n in graph.nodes if export.batch_inputs.get(n.name) in folded], local)
     check_independent(graph, preamble, local, training, scatters)
     counts = Counts(graph, preamble, export.fake_mode, local)
     count_samples(counts)

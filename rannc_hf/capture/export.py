@@ -126,22 +126,6 @@ def bind_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     return {k: v for k, v in named.items() if v is not None}
 
 
-def batch_size(batch: Mapping[str, Any]) -> int:
-    """Number of samples: the leading size that the fields of the batch agree on.
-
-    Raises:
-        ValueError: for a batch without tensors, or fields that disagree.
-    """
-    sizes = {k: v.shape[0] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim() > 0}
-    if not sizes:
-        raise ValueError(f"the batch has no tensor with a sample dimension; its fields are {sorted(batch)}")
-    samples = max(sizes.values())
-    odd = {k: n for k, n in sizes.items() if n not in (samples, 1)}
-    if odd:
-        raise ValueError(f"fields of the batch disagree on the number of samples (dimension 0): {sizes}")
-    return samples
-
-
 def _with_samples(value: torch.Tensor, samples: int, total: int) -> tuple[int, ...]:
     if value.dim() > 0 and value.shape[0] == total:
         return (samples, *value.shape[1:])

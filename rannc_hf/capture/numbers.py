@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .ambient import no_autocast
 from .errors import CaptureError, plain_reason
-from .export import batch_size
+from .folded import rows_of, unfolded
 from .graph import Graph
 from .opaque.operation import is_opaque, region_of
 from .opaque.probe import is_emptied, real_state, repeated, set_apart
@@ -46,14 +46,20 @@ _ATTENTION = "aten.scaled_dot_product_attention"
 Values = dict[str, torch.Tensor]
 
 
-def check_numbers(graph: Graph, model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None) -> bool:
+def check_numbers(
+    graph: Graph,
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    folded: Collection[str] = (),
+) -> bool:
     """Compare what `graph` and `model` give for a few samples of `batch`, without dropout, on the CPU.
 
     In training that is the loss (or the outputs) and, unless it would take long, the gradient of every parameter. Both
     run on the batch, and with attention masks that hide nothing where its own do, or something where they do not.
     Nothing is said of steps that are too large (`LIMIT`), that draw other random numbers, that do not run on what the
     batch holds, or that rounding alone changes; of those in half precision, where rounding may be all; and of models
-    that are not in memory here, which need not fit.
+    that are not in memory here, which need not fit. `folded`: fields that the model takes flat (`capture`).
 
     Returns:
         Whether they were compared.
@@ -62,7 +68,7 @@ def check_numbers(graph: Graph, model: nn.Module, batch: Mapping[str, Any], dtyp
         CaptureError: where the results differ.
     """
     batch = {name: value for name, value in batch.items() if value is not None}
-    total = batch_size(batch)
+    total, _ = rows_of(batch)
     # What the batch said holds for all of its samples.
     samples = SAMPLES[0] if graph.guards is None else total
     work = _work(graph, samples)
@@ -76,7 +82,8 @@ def check_numbers(graph: Graph, model: nn.Module, batch: Mapping[str, Any], dtyp
     # A graph that holds for any values is for other masks too, which code likes to ask about.
     trials = [inputs, *(_other_masks(inputs) if graph.guards is None else ())]
     both = _Both(graph, model, samples, dtype, graph.training and work <= _GRADIENTS_LIMIT)
-    compared = [both.compare(trial) for trial in trials]
+    with unfolded(model, folded):
+        compared = [both.compare(trial) for trial in trials]
     return compared[0]
 
 

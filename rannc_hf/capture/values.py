@@ -136,6 +136,12 @@ class Known(TorchFunctionMode):
                 self._inputs[self._slots] = name
                 with _plainly():
                     own = data.clone()
+                    if own.shape != arguments[name].shape:
+                        # Folded: what forward is given is flat.
+                        flat = Call(torch.flatten, (Slot(self._slots), 0, 1), {}).giving((self._slots + 1,))
+                        self._calls.append(flat)
+                        self._slots += 1
+                        own = own.flatten(0, 1)
                 self._set(arguments[name], own, frozenset({name}))
 
     def guards(self, uniform: frozenset[str]) -> Guards:

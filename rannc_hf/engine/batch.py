@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rannc_hf.capture.export import batch_size
+from rannc_hf.capture.folded import fold, rows_of
 from rannc_hf.capture.passes.masks import MASK_FIELDS
 from rannc_hf.engine.transport import Transport
 
@@ -28,7 +28,7 @@ class GlobalBatch:
     """All ranks' samples in rank order, on this rank's device, and how they were divided."""
 
     fields: dict[str, Any]
-    """Tensors of the global batch, and arguments that are not tensors."""
+    """Tensors of the global batch, and arguments that are not tensors. Those with several rows a sample are folded."""
     batched: frozenset[str]
     """Fields with samples in dimension 0."""
     shards: tuple[int, ...]
@@ -37,6 +37,8 @@ class GlobalBatch:
     """Attention masks that hide nothing: all ones on every rank, and not padded."""
     own_shapes: Mapping[str, tuple[int, ...]]
     """This rank's shape of a sample of each batched field, before padding."""
+    folded: frozenset[str] = frozenset()
+    """Fields that are (samples, rows, ...) here and (samples * rows, ...) for the model."""
 
     @property
     def samples(self) -> int:
@@ -85,7 +87,9 @@ class Gatherer:
         for rank, description in enumerate(everyone):
             if isinstance(description, str):
                 raise ValueError(f"rank {rank}: {description}")
-        shapes = self._common_shapes([d["tensors"] for d in everyone])
+        rows = _agreed_rows(everyone)
+        batch = fold(batch, rows)
+        shapes = self._common_shapes([d["tensors"] for d in everyone], rows)
         for rank, description in enumerate(everyone):
             if description["plain"] != everyone[0]["plain"]:
                 raise ValueError(
@@ -110,7 +114,7 @@ class Gatherer:
             for name in MASK_FIELDS
             if all(name in d["full"] and d["tensors"][name][0][1:] == shapes.get(name) for d in everyone)
         )
-        return GlobalBatch(fields, frozenset(batched), shards, unpadded, own)
+        return GlobalBatch(fields, frozenset(batched), shards, unpadded, own, frozenset(rows))
 
     def _gather_field(
         self, name: str, value: torch.Tensor, shape: tuple[int, ...], shards: tuple[int, ...]
@@ -131,7 +135,9 @@ class Gatherer:
             return self.pad_token if self.pad_token is not None else 0
         return value
 
-    def _common_shapes(self, descriptions: list[dict[str, Any]]) -> dict[str, tuple[int, ...]]:
+    def _common_shapes(
+        self, descriptions: list[dict[str, Any]], folded: Collection[str] = ()
+    ) -> dict[str, tuple[int, ...]]:
         """Shape of a sample of each batched field that all ranks pad to."""
         names = list(descriptions[0])
         for rank, other in enumerate(descriptions):
@@ -145,18 +151,23 @@ class Gatherer:
             if _have_samples(name, specs):
                 sizes = [max(s[0][d] for s in specs) for d in range(1, len(specs[0][0]))]
                 uneven = any(s[0][1:] != specs[0][0][1:] for s in specs)
+                if uneven and name in folded:
+                    raise ValueError(
+                        f"field '{name}' has several rows a sample, of different sizes on different ranks "
+                        f"({[s[0][1:] for s in specs]}): pad or cut them alike, in the data collator"
+                    )
                 if uneven:
                     self._check_can_pad(name, specs, "attention_mask" in names)
                 result[name] = tuple(sizes)
-        return self._round_lengths(result)
+        return self._round_lengths(result, folded)
 
-    def _round_lengths(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    def _round_lengths(self, shapes: dict[str, tuple[int, ...]], folded: Collection[str]) -> dict[str, tuple[int, ...]]:
         """Round the length of the attention mask up, and that of the fields as long as it: few graphs serve all.
 
         Only where a rule says what to pad each of these fields with.
         """
         length = next(iter(shapes.get("attention_mask", ())), None)
-        alike = [name for name, shape in shapes.items() if shape and shape[0] == length]
+        alike = [name for name, shape in shapes.items() if shape and shape[0] == length and name not in folded]
         if length is None or any(name not in self.rules for name in alike):
             return shapes
         rounded = self._rounded(length)
@@ -192,9 +203,30 @@ def _have_samples(name: str, specs: list[Any]) -> bool:
     )
 
 
+def _agreed_rows(descriptions: list[dict[str, Any]]) -> dict[str, int]:
+    """Rows a sample of the fields that have several, on all ranks alike. A rank without samples is told by the others.
+
+    Its description is changed to what it would be.
+    """
+    known = next((r for r, d in enumerate(descriptions) if d["samples"]), 0)
+    rows: dict[str, int] = descriptions[known]["rows"]
+    for rank, other in enumerate(descriptions):
+        if not other["samples"]:
+            for name in rows.keys() & other["tensors"].keys():
+                shape, dtype, has = other["tensors"][name]
+                other["tensors"][name] = ((0, rows[name], *shape[1:]), dtype, has)
+        elif other["rows"] != rows:
+            raise ValueError(
+                f"ranks {known} and {rank} have different numbers of rows a sample, {rows} and {other['rows']} (fields "
+                "of one row left out): pad or cut them alike, in the data collator"
+            )
+    return rows
+
+
 def _describe(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes and dtypes of this rank's shard, small enough to send to everyone."""
-    samples = batch_size(batch)
+    """Shapes and dtypes of this rank's shard, folded, small enough to send to everyone."""
+    samples, rows = rows_of(batch)
+    batch = fold(batch, rows)
     tensors = {
         k: (tuple(v.shape), str(v.dtype), v.dim() > 0 and v.shape[0] == samples)
         for k, v in batch.items()
@@ -203,6 +235,7 @@ def _describe(batch: Mapping[str, Any]) -> dict[str, Any]:
     full = [k for k in MASK_FIELDS if k in tensors and bool(batch[k].all())]
     return {
         "samples": samples,
+        "rows": rows,
         "tensors": tensors,
         "full": full,
         "plain": {k: repr(v) for k, v in batch.items() if k not in tensors},

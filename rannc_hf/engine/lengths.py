@@ -46,13 +46,16 @@ class Lengths:
         if key not in self._cache:
             length = batch.fields[field].shape[dim]
             shorter = length - max(1, length // 2) if length > 1 else 2
-            alike = [f for f in batch.batched if batch.fields[f].dim() > dim and batch.fields[f].shape[dim] == length]
+            padded = batch.batched - batch.folded
+            alike = [f for f in padded if batch.fields[f].dim() > dim and batch.fields[f].shape[dim] == length]
             fields = dict(batch.fields)
             for name in alike:
                 # Real values: the model may read them.
                 fields[name] = torch.cat([fields[name]] * 2, dim).narrow(dim, 0, shorter)
             losses: Losses = "split" if graph.split else "fused"
-            other = capture(self._model, fields, dtype=self._dtype, training=graph.training, loss=losses)
+            other = capture(
+                self._model, fields, dtype=self._dtype, training=graph.training, loss=losses, folded=batch.folded
+            )
             self._cache[key] = {
                 path: _differences(graph, other, path, length - shorter)
                 for path in graph.outputs

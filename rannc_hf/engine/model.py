@@ -258,7 +258,7 @@ class RanncModel(nn.Module):
         return self._runtimes[key]
 
     def _capture(self, batch: GlobalBatch, training: bool) -> Graph:
-        return capture_agreed(self.transport, self.module, batch.fields, self.compute_dtype, training, self.config.loss)
+        return capture_agreed(self.transport, self.module, batch, self.compute_dtype, training, self.config.loss)
 
     def cast_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Floating inputs (images, audio) in the precision the model computes in; targets keep theirs."""

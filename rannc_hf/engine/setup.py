@@ -16,6 +16,7 @@ from rannc_hf.capture.opaque.tell import told
 from rannc_hf.capture.pairs import told_left_out
 from rannc_hf.capture.watch import Losses
 from rannc_hf.config import RanncConfig
+from rannc_hf.engine.batch import GlobalBatch
 from rannc_hf.engine.transport import Transport
 from rannc_hf.partition.plan import Plan, ranks_in_words
 from rannc_hf.partition.schedules import SPLIT_SCHEDULE
@@ -61,7 +62,7 @@ def agree(transport: Transport, what: str, work: Callable[[], T], signature: Cal
 def capture_agreed(
     transport: Transport,
     model: nn.Module,
-    batch: dict[str, Any],
+    batch: GlobalBatch,
     dtype: torch.dtype | None,
     training: bool,
     loss: Losses,
@@ -77,10 +78,10 @@ def capture_agreed(
     wrong: list[CaptureError] = []
 
     def make() -> Graph:
-        graph = capture(model, batch, dtype=dtype, training=training, loss=loss)
+        graph = capture(model, batch.fields, dtype=dtype, training=training, loss=loss, folded=batch.folded)
         if transport.rank == 0:
             try:
-                compared = check_numbers(graph, model, batch, dtype)
+                compared = check_numbers(graph, model, batch.fields, dtype, batch.folded)
             except CaptureError as error:
                 if told_as_plain(model):
                     raise

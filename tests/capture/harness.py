@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rannc_hf.capture import Graph, capture
-from rannc_hf.capture.export import batch_size
+from rannc_hf.capture.folded import fold, rows_of
 from rannc_hf.capture.instantiate import block_function, preamble_function
 from rannc_hf.capture.watch import find_loss
 
@@ -60,7 +60,8 @@ def plain(model: nn.Module, batch: Batch) -> Result:
 
 def run(graph: Graph, model: nn.Module, batch: Batch, sizes: Sequence[int] | None = None) -> Result:
     """The step by the graph's blocks, in slices of `sizes` samples whose losses and gradients are added up."""
-    total = batch_size(batch)
+    total, rows = rows_of(batch)
+    batch = fold(batch, rows)
     model = copy.deepcopy(model)
     parameters = {n: p for n, p in model.named_parameters() if n in graph.parameters}
     counts = global_counts(graph, model, batch)
@@ -80,7 +81,7 @@ def outputs(graph: Graph, model: nn.Module, batch: Batch) -> dict[str, torch.Ten
     """All outputs of an evaluation graph by path."""
     inputs = {**graph_inputs(graph, model, batch), **global_counts(graph, model, batch)}
     with torch.no_grad():
-        values = blocks(graph, dict(model.named_parameters()), inputs, batch_size(batch))
+        values = blocks(graph, dict(model.named_parameters()), inputs, rows_of(batch)[0])
     return {path: values[name] for path, name in graph.outputs.items()}
 
 
@@ -104,7 +105,7 @@ def graph_inputs(graph: Graph, model: nn.Module, batch: Batch) -> dict[str, torc
 def global_counts(graph: Graph, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     """The counts of the whole batch by placeholder. A count may need those before it."""
     inputs = graph_inputs(graph, model, batch)
-    samples = batch_size(batch)
+    samples = rows_of(batch)[0]
     counts: dict[str, torch.Tensor] = {}
     for count in graph.counts:
         if count.node is None:
@@ -142,7 +143,7 @@ def check(
     """Assert that the graph of a step gives the plain loss and gradients, whole and in slices; the graph."""
     graph = graph if graph is not None else capture(model, batch)
     wanted = plain(model, batch)
-    for sizes in ((batch_size(batch),), *slices):
+    for sizes in ((rows_of(batch)[0],), *slices):
         compare(run(graph, model, batch, sizes), wanted)
     return graph
 

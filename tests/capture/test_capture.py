@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rannc_hf.capture import CaptureError, Graph, capture
-from rannc_hf.capture.export import batch_size, bind_arguments
+from rannc_hf.capture.export import bind_arguments
 from tests.capture.harness import WIDTH, Net, check, compare, numbers, outputs, plain, run
 from tests.parity.models import CASES, language_batch
 
@@ -61,14 +61,6 @@ def test_positional_arguments():
         bind_arguments(Starred(), (ids,), {})
     with pytest.raises(TypeError):
         bind_arguments(model, (), {}) or bind_arguments(model, (1,) * 50, {})
-
-
-def test_number_of_samples():
-    assert batch_size({"x": numbers(5), "shared": numbers(1), "scalar": torch.tensor(3), "flag": True}) == 5
-    with pytest.raises(ValueError, match="no tensor with a sample dimension"):
-        batch_size({"flag": True, "scalar": torch.tensor(3)})
-    with pytest.raises(ValueError, match=r"disagree.*'x': 5.*'y': 3"):
-        batch_size({"x": numbers(5), "y": numbers(3)})
 
 
 def test_lists_of_tensors_are_refused():

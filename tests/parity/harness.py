@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from rannc_hf.capture import Graph
+from rannc_hf.capture.folded import rows_of
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine.transport import LocalWorld, Transport
@@ -70,9 +71,9 @@ def even_plan(
 
 def shards(batch: Mapping[str, torch.Tensor], ranks: int) -> list[dict[str, torch.Tensor]]:
     """The batch split over ranks as evenly as possible."""
-    samples = next(iter(batch.values())).shape[0]
+    samples, rows = rows_of(batch)
     sizes = [samples // ranks + (i < samples % ranks) for i in range(ranks)]
-    parts = {k: v.split(sizes) for k, v in batch.items()}
+    parts = {k: v.split([n * rows.get(k, 1) for n in sizes]) for k, v in batch.items()}
     return [{k: p[r] for k, p in parts.items()} for r in range(ranks)]
 
 

@@ -30,6 +30,30 @@ def stressed(values: Sequence[torch.Tensor], specs: Sequence[ValueSpec]) -> Iter
             yield made, change in (_rolled, _ignored, _hidden)
 
 
+def shifted(values: Sequence[torch.Tensor], specs: Sequence[ValueSpec]) -> Iterator[Values]:
+    """Whole numbers, one a sample, that keep their sum: as lengths of samples that have as many rows together.
+
+    None where no input has several rows a sample."""
+    if all(spec.rows <= 1 for spec in specs):
+        return
+    made = [_shifted(value, spec) for value, spec in zip(values, specs)]
+    if any(a is not b for a, b in zip(made, values)):
+        yield made
+
+
+def _shifted(value: torch.Tensor, spec: ValueSpec) -> torch.Tensor:
+    """Half of the number of each other sample given to the next one."""
+    single = spec.batch_dim is not None and spec.rows == 1 and value.numel() == value.shape[spec.batch_dim]
+    if not single or value.is_floating_point() or value.dtype == torch.bool:
+        return value
+    numbers = value.flatten().clone()
+    pairs = numbers[: numbers.numel() // 2 * 2].view(-1, 2)
+    moved = pairs[:, 0] // 2
+    pairs[:, 0] -= moved
+    pairs[:, 1] += moved
+    return numbers.view_as(value)
+
+
 def noise(shape: Sequence[int], seed: int) -> torch.Tensor:
     """Normal noise in float64, the same at every call."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -274,6 +274,11 @@ class _Step:
         # Where bags begin in the list of all their entries is counted from the first sample, and used as such.
         begins = argument(self.node, "offsets")
         others = [n for n in self.sources if n is not index and n is not begins]
+        if begins in self.orders:
+            rows = spec(index) if index is not None else None
+            own_begin = rows is not None and self.orders[begins].position == _Position(rows.rows)
+            if not own_begin:
+                raise self.refuse("is told by the batch where the entries of each sample begin")
         own = spec(table)
         assert own is not None
         if table in self.orders and own.batch_dim == dim:
