@@ -50,8 +50,10 @@ def merge(
         _check_static(node)
     for a, b in zip(first, second):
         if a.op != b.op or (a.op == "call_function" and str(a.target) != str(b.target)):
+            own = _blamed_for_difference(a, b, constants)
             raise CaptureError(
-                f"the operations of {where(a)} depend on the number of samples ({a.target}, {b.target})", module_path(a)
+                f"the operations of {where(own)} depend on the number of samples ({a.target}, {b.target})",
+                module_path(own),
             )
     if len(first) != len(second):
         raise CaptureError(f"the number of operations depends on the number of samples ({len(first)}, {len(second)})")
@@ -81,6 +83,17 @@ def batched(node: fx.Node) -> bool | None:
     """Whether a tensor (or a tuple of tensors) differs between samples; None for numbers."""
     own = spec(node)
     return own.batch_dim is not None if own is not None else node.meta.get("batched")
+
+
+def _blamed_for_difference(
+    a: fx.Node, b: fx.Node, constants: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]
+) -> fx.Node:
+    """Which node says where two graphs part: `a`, or what uses the first constant that one of them lacks."""
+    if a.op == b.op:
+        return a
+    nodes = [*a.graph.nodes, *b.graph.nodes]
+    lacking = constants[0].keys() ^ constants[1].keys()
+    return next((next(iter(n.users)) for n in nodes if n.op == "placeholder" and n.name in lacking and n.users), a)
 
 
 def _check_static(node: fx.Node) -> None:
