@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -19,9 +18,12 @@ _lending = threading.local()
 
 
 @contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Undo, at the end, whatever happens to the model's modules: their attributes, and the lists and tables in them."""
-    saved = [(m, dict(m.__dict__), _containers(m)) for m in model.modules()]
+def preserved(model: nn.Module, stubs: Collection[str] = ()) -> Iterator[None]:
+    """Undo, at the end, whatever happens to the model's modules: their attributes, and the lists and tables in them.
+
+    Not to what is inside of the submodules `stubs`, whose code does not run.
+    """
+    saved = [(m, dict(m.__dict__), _containers(m)) for m in _outside(model, stubs)]
     try:
         yield
     finally:
@@ -34,8 +36,23 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Lists and tables of a module (parameters, buffers, hooks, caches) with copies of them."""
-    return [(v, copy.copy(v)) for v in module.__dict__.values() if isinstance(v, (dict, list, set))]
+    """Lists and tables of a module (parameters, buffers, hooks, caches) with copies of them; most are empty."""
+    held = [v for v in module.__dict__.values() if isinstance(v, (dict, list, set))]
+    return [(v, (dict(v) if isinstance(v, dict) else tuple(v)) if v else ()) for v in held]
+
+
+def _outside(model: nn.Module, stubs: Collection[str]) -> list[nn.Module]:
+    """The model's modules, without those that are only inside of the submodules `stubs`."""
+    closed = {id(model.get_submodule(path)) for path in stubs}
+    found: dict[int, nn.Module] = {}
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            if id(module) not in closed:
+                stack += [m for m in module._modules.values() if m is not None]
+    return list(found.values())
 
 
 def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
@@ -54,14 +71,19 @@ def state_is_lent() -> bool:
 
 
 @contextlib.contextmanager
-def lent_state(model: nn.Module, make: Callable[[torch.Tensor, nn.Module, str], torch.Tensor]) -> Iterator[None]:
+def lent_state(
+    model: nn.Module,
+    make: Callable[[torch.Tensor, nn.Module, str], torch.Tensor],
+    stubs: Collection[str] = (),
+) -> Iterator[None]:
     """Put others in the place of all parameters and buffers; undo it, and all else done to the model, at the end.
 
-    `make` gives them, from a tensor, the module that holds it, and its name there; once for tied ones.
+    `make` gives them, from a tensor, the module that holds it, and its name there; once for tied ones. What is inside
+    of the submodules `stubs` stays.
     """
     made: dict[int, torch.Tensor] = {}
-    with preserved(model):
-        for module in model.modules():
+    with preserved(model, stubs):
+        for module in _outside(model, stubs):
             tables: list[dict[str, Any]] = [module.__dict__["_parameters"], module.__dict__["_buffers"]]
             for table in tables:
                 for name, tensor in table.items():

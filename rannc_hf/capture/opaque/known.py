@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -233,10 +233,18 @@ def _unused(region: Region, values: Sequence[torch.Tensor], specs: Sequence[Valu
     candidates = {i for i, leaf in enumerate(leaves) if id(leaf) not in reached}
     if len(candidates) == len(values):
         candidates.discard(0)
+    unused = _dispensable(sorted(candidates), same)
+    return unused if unused == candidates or same(unused) else set()
+
+
+def _dispensable(candidates: Sequence[int], same: Callable[[Collection[int]], bool]) -> set[int]:
+    """Those of `candidates` without which all is the `same`, found by halves: few are needed, where any are."""
     if same(candidates):
-        return candidates
-    alone = {i for i in candidates if same({i})}
-    return alone if same(alone) else set()
+        return set(candidates)
+    half = len(candidates) // 2
+    if not half:
+        return set()
+    return _dispensable(candidates[:half], same) | _dispensable(candidates[half:], same)
 
 
 def _results(region: Region, values: Sequence[torch.Tensor], samples: int, made_up: bool) -> list[torch.Tensor] | None:

@@ -133,7 +133,8 @@ class Region:
             given.append((stub.path, stub.result.fill(tensors[start:stop], samples, device)))
             start = stop
         state = {id(tensor_of(self.module, name)): v for name, v in zip(self.state, tensors[start:], strict=True)}
-        lent = lent_state(self.module, lambda own, module, name: state.get(id(own), own))
+        stubs = [path for path, _ in given]
+        lent = lent_state(self.module, lambda own, module, name: state.get(id(own), own), stubs)
         handed = _Handed(part, tensors_in((args, kwargs))) if part is not None else None
         with self.lock, lent, _stubbed(self.module, given, part, handed) as left:
             try:
