@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,20 +61,26 @@ def answer(batch: Mapping[str, Any], samples: int, export: Callable[..., Export]
     return Answers(data, samples, asked, known.guards(alike), alike | same)
 
 
-def guarded(graph: Graph, batch: Mapping[str, Any], samples: int) -> Graph:
-    """`graph` for batches in which some fields have several rows a sample, all as many.
+def guarded(graph: Graph, batch: Mapping[str, Any], samples: int, folded: Collection[str]) -> Graph:
+    """`graph`, for batches in which all samples are alike in the fields in which they must be.
 
-    Parts that run as they are read what they like. Where all samples of `batch` have the same whole numbers in a field,
-    such as the size of an image, these may say how many rows a sample has: they must be the same in all samples of
-    other batches too.
+    These are what parts that run as they are say of themselves. Where there are `folded` fields, with several rows a
+    sample, all as many, such parts read what they like, and where all samples of `batch` have the same whole numbers
+    in a field, such as the size of an image, these may say how many rows a sample has.
     """
+    needed = frozenset[str]().union(*(region.alike for region in graph.opaque.values()))
+    needed |= _alike(batch, samples) if folded and graph.opaque else frozenset()
+    if not needed:
+        return graph
+    found = graph.guards or Guards({}, (), frozenset(), {})
+    return replace(graph, guards=replace(found, uniform=found.uniform | needed))
+
+
+def _alike(batch: Mapping[str, Any], samples: int) -> frozenset[str]:
+    """Fields in which all samples have the same whole numbers."""
     tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and _batched(v, samples)}
     whole = {k: v for k, v in tensors.items() if not v.is_floating_point() and v.device.type != "meta"}
-    if not graph.opaque or any(isinstance(v, FakeTensor) for v in whole.values()):
-        return graph
-    alike = frozenset(k for k, v in whole.items() if bool((v == v[:1]).all()))
-    found = graph.guards or Guards({}, (), frozenset(), {})
-    return replace(graph, guards=replace(found, uniform=found.uniform | alike))
+    return frozenset(k for k, v in whole.items() if not isinstance(v, FakeTensor) and bool((v == v[:1]).all()))
 
 
 def _batched(value: torch.Tensor, samples: int) -> bool:

@@ -99,7 +99,7 @@ def capture(
         export = partial(export_step, model, inputs, total=total, dtype=dtype, loss=loss)
         attempt = partial(_captured, model, batch, training, loss, partial(answer, inputs, total), export, folded)
         graph = with_regions(model, inputs, total, dtype, attempt)
-    return guarded(graph, inputs, total) if folded else graph
+    return guarded(graph, inputs, total, folded)
 
 
 def _captured(

@@ -73,7 +73,7 @@ def whole(key: str, reason: str, module: nn.Module, calls: Calls, total: int) ->
     region = Region(key, calls[0].path, module, inputs, state_names(module), reason, draws=calls[1].draws)
     given = {n: tensors_in(call.inputs) for n, call in zip(SAMPLES, calls)}
     results = {n: tensors_in(call.outputs) for n, call in zip(SAMPLES, calls)}
-    return _known(region, what, given, results, calls[1].state, outputs, total)
+    return _known(region, what, given, results, calls[1].state, outputs, total, calls[1].fields)
 
 
 def in_parts(key: str, reason: str, module: nn.Module, calls: Calls, total: int) -> Forward:
@@ -269,14 +269,24 @@ def _known(
     state: Sequence[torch.Tensor],
     outputs: Template,
     total: int,
+    fields: Sequence[str | None] = (),
 ) -> Known:
     if not results[SAMPLES[0]] or not (given[SAMPLES[0]] or state):
         raise CaptureError(f"{what} is given or gives no tensors")
     specs = [_spec(a, b, f"{what} is given") for a, b in zip(given[SAMPLES[0]], given[SAMPLES[1]], strict=True)]
     specs += [ValueSpec(tuple(t.shape), t.dtype, None, 0, False) for t in state]
     made = [_spec(a, b, f"{what} gives") for a, b in zip(results[SAMPLES[0]], results[SAMPLES[1]], strict=True)]
-    region = verified(region, [*given[SAMPLES[1]], *state], specs, made, total)
+    alike = {
+        index: name
+        for index, (name, value, spec) in enumerate(zip(fields, given[SAMPLES[1]], specs))
+        if name is not None and spec.batch_dim == 0 and not value.is_floating_point() and _is_alike(value)
+    }
+    region = verified(region, [*given[SAMPLES[1]], *state], specs, made, total, alike)
     return Known(region, _shapes(given), _shapes(results), outputs)
+
+
+def _is_alike(value: torch.Tensor) -> bool:
+    return bool((value == value[:1]).all())
 
 
 def _shapes(values: Shapes) -> Shapes:

@@ -19,6 +19,7 @@ from ..errors import CaptureError, plain_reason
 from ..state import lent_state, tensor_of
 from ..watch import register_outputs
 from .parts import Parts, Recorder
+from .template import tensors_in
 
 _NOISE = 1_000_003
 
@@ -41,6 +42,8 @@ class Call:
     """Values of the parameters and buffers of `state_names`."""
     parts: Parts | None = None
     """The calls of submodules, where these are captured by themselves."""
+    fields: tuple[str | None, ...] = ()
+    """For each tensor that it is given the field of the batch that it is, if it is one."""
 
 
 def probe(
@@ -63,9 +66,10 @@ def probe(
     inputs = {name: repeated(name, value, samples, total, device) for name, value in batch.items()}
     calls: list[Call] = []
     cuda = [device] if device.type == "cuda" else []
+    fields = {id(value): name for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     with set_apart(cuda), lent_state(model, real_state(dtype, device)), no_autocast():
         for path, in_parts in watched.items():
-            _record(model.get_submodule(path), path, in_parts, calls, device)
+            _record(model.get_submodule(path), path, in_parts, calls, device, fields)
         try:
             model(**inputs)
         except Exception as error:
@@ -76,13 +80,15 @@ def probe(
     return calls
 
 
-def _record(module: nn.Module, path: str, in_parts: bool, calls: list[Call], device: torch.device) -> None:
+def _record(
+    module: nn.Module, path: str, in_parts: bool, calls: list[Call], device: torch.device, fields: Mapping[int, str]
+) -> None:
     forward = module.forward
     recorder = Recorder(module, lambda: generator_state(device)) if in_parts else None
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         register_outputs((args, kwargs))
-        call = Call(path, copies((args, kwargs)))
+        call = Call(path, copies((args, kwargs)), fields=tuple(fields.get(id(t)) for t in tensors_in((args, kwargs))))
         if recorder is not None:
             recorder.begin((args, kwargs))
         versions = [(name, t, t._version) for name, t in _written_to(module, (args, kwargs))]

@@ -106,6 +106,8 @@ class Region:
     differentiable: tuple[bool, ...] = ()
     """For each result whether it has a gradient."""
     kinds: tuple[Kind, ...] = ()
+    alike: frozenset[str] = frozenset()
+    """Fields of the batch in which all samples must be alike: only then was it found not to mix samples."""
     flops: float = 0.0
     """Of matrix products and convolutions, forward, for a sample of the probe."""
     saved: float = 0.0

@@ -6,7 +6,7 @@ much from sample to sample, so that what is decided for all samples at once is d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
@@ -16,27 +16,32 @@ Values = list[torch.Tensor]
 _Change = Callable[[torch.Tensor, ValueSpec, int], torch.Tensor]
 
 
-def stressed(values: Sequence[torch.Tensor], specs: Sequence[ValueSpec]) -> Iterator[tuple[Values, bool]]:
+def stressed(
+    values: Sequence[torch.Tensor], specs: Sequence[ValueSpec], fixed: Collection[int] = ()
+) -> Iterator[tuple[Values, bool]]:
     """Variants of `values`, and whether their whole numbers are made up: then code may not survive them (`Guarded`).
 
-    Only inputs that have samples are changed.
+    Only inputs that have samples are changed, and those that are not `fixed`.
     """
     for change in (_exchanged, _positive, _signs, _halves, _sizes, _noise, _rolled, _ignored, _hidden):
         made = [
-            change(value, spec, index) if spec.batch_dim is not None else value
+            change(value, spec, index) if spec.batch_dim is not None and index not in fixed else value
             for index, (value, spec) in enumerate(zip(values, specs))
         ]
         if any(a is not b for a, b in zip(made, values)):
             yield made, change in (_rolled, _ignored, _hidden)
 
 
-def shifted(values: Sequence[torch.Tensor], specs: Sequence[ValueSpec]) -> Iterator[Values]:
+def shifted(
+    values: Sequence[torch.Tensor], specs: Sequence[ValueSpec], fixed: Collection[int] = ()
+) -> Iterator[Values]:
     """Whole numbers, one a sample, that keep their sum: as lengths of samples that have as many rows together.
 
-    None where no input has several rows a sample."""
+    None where no input has several rows a sample. Those at `fixed` stay.
+    """
     if all(spec.rows <= 1 for spec in specs):
         return
-    made = [_shifted(value, spec) for value, spec in zip(values, specs)]
+    made = [v if i in fixed else _shifted(v, spec) for i, (v, spec) in enumerate(zip(values, specs))]
     if any(a is not b for a, b in zip(made, values)):
         yield made
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,11 +52,13 @@ def verified(
     inputs: Sequence[ValueSpec],
     results: Sequence[ValueSpec],
     total: int,
+    alike: Mapping[int, str],
 ) -> Region:
     """`region` with what its numbers show: kinds of results, and where gradients go.
 
     `values` hold `SAMPLES[1]` samples, `total` of which are different; `inputs` and `results` say where each value and
-    result has its samples.
+    result has its samples. `alike`: values in which all samples are alike, and the field of the batch that each is. If
+    samples influence each other where they are not, the region is only for batches in which they are.
 
     Raises:
         CaptureError: where samples influence each other, or gradients do not add up.
@@ -65,12 +67,24 @@ def verified(
     values, tolerance = _precise(region, _distinct(values, inputs, total), samples)
     check = _Check(region, values, inputs, results, tolerance, total)
     made = check.run(samples)
-    for others, made_up in stressed(values, inputs):
-        with Guarded() if made_up else contextlib.nullcontext():
-            _Check(region, others, inputs, results, tolerance, total).confirm(made.kinds, samples)
-    for others in shifted(values, inputs):
-        with Guarded():
-            _Check(region, others, inputs, results, tolerance, total).confirm(made.kinds, samples, complains=True)
+
+    def confirm(fixed: Collection[int]) -> None:
+        for others, made_up in stressed(values, inputs, fixed):
+            with Guarded() if made_up else contextlib.nullcontext():
+                _Check(region, others, inputs, results, tolerance, total).confirm(made.kinds, samples)
+        for others in shifted(values, inputs, fixed):
+            with Guarded():
+                _Check(region, others, inputs, results, tolerance, total).confirm(made.kinds, samples, complains=True)
+
+    try:
+        confirm(())
+    except NotSplittable:
+        raise
+    except CaptureError:
+        if not alike:
+            raise
+        confirm(alike)
+        made = replace(made, alike=frozenset(alike.values()))
     return made
 
 
