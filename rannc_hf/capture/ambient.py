@@ -37,6 +37,20 @@ def plain_context() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def told_exporting(exporting: bool) -> Iterator[None]:
+    """Let code that asks whether it is being exported hear this, as `torch.export` itself does."""
+    flags = ("_is_compiling_flag", "_is_exporting_flag")
+    before = [getattr(torch.compiler, name) for name in flags]
+    for name in flags:
+        setattr(torch.compiler, name, exporting)
+    try:
+        yield
+    finally:
+        for name, value in zip(flags, before):
+            setattr(torch.compiler, name, value)
+
+
+@contextlib.contextmanager
 def autocast_off() -> Iterator[None]:
     """Turn autocast off where the caller has turned it on."""
     with contextlib.ExitStack() as stack:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..ambient import told_exporting
 from ..watch import register_outputs
 from .template import tensors_in
 
@@ -68,7 +69,7 @@ class Recorder:
     def __init__(self, module: nn.Module, generator: Callable[[], bytes]) -> None:
         self._generator, self._state = generator, b""
         self._parts: Parts | None = None
-        self._inside = False
+        self._inside = self._exporting = False
         self._tensors: list[torch.Tensor] = []
         self._versions: list[int] = []
         for path, child in module.named_modules():
@@ -76,7 +77,8 @@ class Recorder:
                 child.__dict__["forward"] = self._recorded(path, child.forward)
 
     def begin(self, inputs: Any) -> None:
-        """The forward is called."""
+        """The forward is called. What its submodules are told of being exported is what it would be told itself."""
+        self._exporting = torch.compiler.is_exporting()
         self._tensors, self._versions = [], []
         given = self._number(tensors_in(inputs))
         self._parts, self._inside, self._state = Parts(len(given)), False, self._generator()
@@ -95,7 +97,8 @@ class Recorder:
             register_outputs((args, kwargs))
             event = self._event(path, (args, kwargs))
             self._inside = True
-            result = forward(*args, **kwargs)
+            with told_exporting(self._exporting):
+                result = forward(*args, **kwargs)
             self._inside = False
             register_outputs(result)
             event.result = _copies(result)

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from ..ambient import no_autocast, plain_context
+from ..ambient import no_autocast, plain_context, told_exporting
 from ..errors import CaptureError, plain_reason
 from ..state import lent_state, tensor_of
 from ..watch import register_outputs
@@ -59,6 +59,8 @@ def probe(
     `watched`: paths of modules, and whether the calls that they make are recorded too. Floating parameters are cast to
     `dtype`. Parameters that have no memory get made-up values.
 
+    Code that will be exported is told that it is, since it may then hand on other tensors (a mask that masks nothing).
+
     Raises:
         CaptureError: where the model does not run on what the batch holds.
     """
@@ -68,16 +70,27 @@ def probe(
     cuda = [device] if device.type == "cuda" else []
     fields = {id(value): name for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     with set_apart(cuda), lent_state(model, real_state(dtype, device)), no_autocast():
-        for path, in_parts in watched.items():
+        # What is inside of other modules comes first, and stays innermost: that it runs as it is counts.
+        for path, in_parts in sorted(watched.items(), key=lambda item: -len(item[0].split(".")) if item[0] else 0):
             _record(model.get_submodule(path), path, in_parts, calls, device, fields)
         try:
-            model(**inputs)
-        except Exception as error:
-            raise CaptureError(
-                f"parts of {type(model).__name__} run as they are, and to learn what they give it was run on "
-                f"{samples} samples of the batch, which failed with {plain_reason(error)}"
-            ) from error
+            with told_exporting(True):
+                model(**inputs)
+        except Exception:
+            # What cannot run so is not exported either, but by what runs as it is.
+            calls.clear()
+            _run_plainly(model, inputs, samples)
     return calls
+
+
+def _run_plainly(model: nn.Module, inputs: Mapping[str, Any], samples: int) -> None:
+    try:
+        model(**inputs)
+    except Exception as error:
+        raise CaptureError(
+            f"parts of {type(model).__name__} run as they are, and to learn what they give it was run on {samples} "
+            f"samples of the batch, which failed with {plain_reason(error)}"
+        ) from error
 
 
 def _record(
@@ -93,7 +106,8 @@ def _record(
             recorder.begin((args, kwargs))
         versions = [(name, t, t._version) for name, t in _written_to(module, (args, kwargs))]
         before = _generators(device)
-        outputs = forward(*args, **kwargs)
+        with told_exporting(False):
+            outputs = forward(*args, **kwargs)
         register_outputs(outputs)
         after = _generators(device)
         call.draws, call.draws_elsewhere = before[0] != after[0], before[1:] != after[1:]
