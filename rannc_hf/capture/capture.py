@@ -377,7 +377,8 @@ def _arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, torch.Tensor) and any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value)):
             raise CaptureError(
                 f"field '{name}' of the batch is a {type(value).__name__} of tensors; fields must be tensors with the "
-                "samples in dimension 0, or plain values"
+                "samples in dimension 0, or plain values. If it is for the loss alone (the boxes of each image), leave "
+                "it out of the batch, and compute the loss from the outputs in the script (in a Trainer's compute_loss)"
             )
     # Parts of a model have configurations of their own: T5's decoder keeps a cache although Trainer turned it off.
     cached = any(getattr(getattr(module, "config", None), "use_cache", False) for module in model.modules())

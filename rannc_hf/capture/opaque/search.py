@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from ..errors import CaptureError
+from ..errors import CaptureError, NotSplittable
 from .prepare import Chosen, Regions, Selection, prepare
 
 T = TypeVar("T")
@@ -57,6 +57,9 @@ def with_regions(
 def _told(first: CaptureError, last: CaptureError) -> CaptureError:
     if last is first or str(last) in str(first):
         return first
+    if isinstance(last, NotSplittable):
+        # That decides: nothing that could be done about the first would help.
+        return CaptureError(f"{last}\nIt was to run as it is because {first}")
     return CaptureError(f"{first}\nRunning the module as it is does not help: {last}")
 
 
