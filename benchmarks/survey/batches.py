@@ -27,7 +27,9 @@ class Maker:
     packed: dict[str, int] = field(default_factory=dict)
     """Rows a sample, of fields that have several in dimension 0."""
     spans: dict[int, int] = field(default_factory=dict)
-    """How many of which special tokens stand for a sample's images and sounds."""
+    """How many of which special tokens stand for a sample's images and sounds, at most."""
+    uneven: dict[int, torch.Tensor] = field(default_factory=dict)
+    """How many in each sample, where samples differ."""
 
     def __post_init__(self) -> None:
         self.config: Any = self.model.config
@@ -120,6 +122,10 @@ def add_text(maker: Maker) -> None:
     ids = maker.ids(maker.samples, maker.length)
     mask = maker.padding(maker.length)
     prefix = [torch.full((maker.samples, n), token, dtype=torch.long) for token, n in spans.items()]
+    for place, token in enumerate(spans):
+        if token in maker.uneven:
+            words = torch.arange(spans[token]) >= maker.uneven[token][:, None]
+            prefix[place] = torch.where(words, maker.ids(maker.samples, spans[token]), prefix[place])
     ids = torch.cat([*prefix, ids], 1) if prefix else ids
     mask = torch.cat([torch.ones(maker.samples, ids.shape[1] - maker.length, dtype=torch.long), mask], 1)
     if maker.name.endswith("MultipleChoice"):

@@ -103,7 +103,17 @@ def add_span(maker: Maker, token: int | None, method: str) -> None:
         }
         with torch.no_grad():
             maker.spans[token] = count_rows(function(**inputs), maker.samples)
+            if any(k.endswith("_mask") for k in inputs):
+                _count_each(maker, token, function, inputs)
         return
+
+
+def _count_each(maker: Maker, token: int, function: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Note how many tokens each sample has, where sounds of different lengths have different numbers of features."""
+    alone = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(maker.samples)]
+    counts = [count_rows(function(**part), 1) for part in alone]
+    if len(set(counts)) > 1:
+        maker.spans[token], maker.uneven[token] = max(counts), torch.tensor(counts)
 
 
 def count_rows(found: Any, samples: int) -> int:

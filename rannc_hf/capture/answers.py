@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .errors import CaptureError
 from .export import Export
 from .graph import Graph
-from .guards import Guards
-from .values import Known, Read
+from .guards import Guards, Read
+from .values import Known
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 READS = frozenset(
     getattr(torch.Tensor, name)
@@ -92,9 +94,10 @@ _LIKE = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_f
 
 
 def count_shares(mask: torch.Tensor, samples: int) -> tuple[int, bool]:
-    """How many entries the mask has in the first of `samples` equal parts, and whether it has as many in all."""
+    """How many entries the mask has in each of `samples` equal parts, and whether it has as many in all; else 0."""
     counts = mask.bool().reshape(samples, -1).sum(1)
-    return int(counts[0]), bool((counts == counts[0]).all())
+    alike = bool((counts == counts[0]).all())
+    return int(counts[0]) if alike else 0, alike
 
 
 def pick_rows(table: torch.Tensor, mask: torch.Tensor, samples: int, each: int) -> torch.Tensor:
@@ -112,3 +115,10 @@ def writes_to_first(name: str, kwargs: Mapping[str, Any]) -> bool:
 
 def names_of_fields(fields: frozenset[str]) -> str:
     return " and ".join(f"'{f}'" for f in sorted(fields)) or "the batch"
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """A context in which data is computed with, whatever is being recorded."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        yield

@@ -43,6 +43,7 @@ from .passes.regions import inline_regions
 from .passes.rejoin import rejoin
 from .passes.updates import check_samples, hoist, local_nodes, reduced, touching
 from .state import preserved
+from .values import Known
 from .watch import Losses, find_loss, is_loss, output_path
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def _captured(
     def attempt(answers: Answers | None) -> Graph:
         known = {n: answers.known(n) if answers is not None else None for n in SAMPLES}
         small, large = (_step(export(samples=n, known=known[n]), model, batch, training, loss) for n in SAMPLES)
-        small, large = _without_pairs(small, large)
+        small, large = _without_pairs(small, large, known[SAMPLES[0]])
         merge(small.graph, large.graph, (small.export.constants, large.export.constants))
         first = known[SAMPLES[0]]
         return _finish(small, model, training, regions, folded, first.scatters if first is not None else 0)
@@ -270,10 +271,14 @@ def _leaves(paths: Mapping[str, str], export: Export) -> tuple[str | None, ...]:
     return tuple(path_of.get(name) for name in export.output_names)
 
 
-def _without_pairs(*steps: _Step) -> tuple[_Step, ...]:
-    """Two exports of a step without outputs that compare samples with each other."""
-    paths = list(steps[0].paths)
-    left_out = pairs_of_samples(paths, steps[0].graph, steps[1].graph)
+def _without_pairs(small: _Step, large: _Step, known: Known | None) -> tuple[_Step, ...]:
+    """Two exports of a step without outputs that compare samples, or have another number of rows for each."""
+    steps, paths = (small, large), list(small.paths)
+    left_out = pairs_of_samples(paths, small.graph, large.graph)
+    uneven = set() if known is None else known.uneven & set(paths)
+    if uneven and left_out | uneven == set(paths):
+        raise CaptureError(f"the number of rows of the outputs {sorted(uneven)} is another one for each sample")
+    left_out |= uneven
     if not left_out:
         return steps
     made = []

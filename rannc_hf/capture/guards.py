@@ -48,6 +48,19 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Read:
+    """One number (or list, or tensor) that a model read."""
+
+    function: str
+    value: Any
+    fields: frozenset[str]
+    shape: tuple[int, ...]
+    """Of the tensor read."""
+    line: str | None
+    """Where, in the model's code."""
+
+
+@dataclass(frozen=True)
 class Guards:
     """Computes again what the model read while it was captured, for another batch of the same shapes."""
 

@@ -34,8 +34,8 @@ def told_left_out(graph: Graph) -> list[str]:
     if not graph.left_out:
         return []
     text = (
-        f"outputs that compare all samples of a batch with each other are not returned: {', '.join(graph.left_out)}. "
-        "Compute them from the outputs of each sample"
+        "outputs that compare all samples of a batch with each other, or have another number of rows for each, are not "
+        f"returned: {', '.join(graph.left_out)}. Compute them from the outputs of each sample"
     )
     trained = graph.gradient_parameters() if graph.training else frozenset()
     lost = sorted(n for n, p in graph.parameters.items() if p.trainable and n not in trained) if graph.training else []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .calls import (
@@ -37,12 +36,15 @@ from .calls import (
     map_tensors,
     names_of_fields,
     pick_rows,
+    plainly,
     without_models,
     writes_to_first,
 )
-from .checks import passing
+from .checks import only_told, passing
 from .errors import CaptureError, NotSplittable, source_line
-from .guards import Call, Guards, Slot
+from .guards import Call, Guards, Read, Slot
+from .uneven import Count, Rows
+from .watch import output_path
 
 
 class UnknownValueError(CaptureError):
@@ -56,19 +58,6 @@ class _Shadow:
     value: torch.Tensor
     slot: int
     fields: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Read:
-    """One number (or list, or tensor) that a model read."""
-
-    function: str
-    value: Any
-    fields: frozenset[str]
-    shape: tuple[int, ...]
-    """Of the tensor read."""
-    line: str | None
-    """Where, in the model's code."""
 
 
 class Known(TorchFunctionMode):
@@ -103,6 +92,9 @@ class Known(TorchFunctionMode):
         self._shadows: Any = WeakTensorKeyDictionary()
         self._spoilt: set[int] = set()
         self._inputs: dict[int, str] = {}
+        self._rows = Rows(self, samples)
+        self.uneven: set[str] = set()
+        """Paths of outputs that have another number of rows for each sample."""
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -114,9 +106,11 @@ class Known(TorchFunctionMode):
             self._begin(kwargs)
             inside.enter_context(self)
 
-        def leave(*_: Any) -> None:
+        def leave(module: nn.Module, args: Any, outputs: Any) -> None:
             inside.close()
             self._end()
+            leaves, _ = pytree.tree_flatten_with_path(outputs)
+            self.uneven = {output_path(keys) for keys, leaf in leaves if self._rows.holds(leaf)}
 
         # Inside of the model's own call, so that nothing is between this and what forward calls.
         first = model.register_forward_pre_hook(enter, with_kwargs=True)
@@ -131,10 +125,11 @@ class Known(TorchFunctionMode):
     def _begin(self, arguments: Mapping[str, Any]) -> None:
         self.reads, self.scatters, self.checks, self._asked = [], 0, 0, 0
         self._calls, self._slots, self._inputs = [], 0, {}
+        self._rows = Rows(self, self._samples)
         for name, data in self._batch.items():
             if isinstance(arguments.get(name), torch.Tensor):
                 self._inputs[self._slots] = name
-                with _plainly():
+                with plainly():
                     own = data.clone()
                     if own.shape != arguments[name].shape:
                         # Folded: what forward is given is flat.
@@ -156,6 +151,14 @@ class Known(TorchFunctionMode):
         name = getattr(func, "__name__", "").partition(".")[0]
         # Inside of `vmap` tensors stand for rows of others, which have no value of their own.
         mapped = torch._C._functorch.peek_interpreter_stack() is not None
+        if self._rows.any:
+            args, kwargs = pytree.tree_map_only(Count, int, (args, kwargs))
+            done, result = self._rows.call(func, name, args, kwargs)
+            if done:
+                return result
+        if name == "__format__" and self._get(args[0]) is not None and only_told(sys._getframe(1)):
+            with plainly():
+                return format(self._shadows[args[0]].value, *args[1:])
         if mapped or (DESCRIBES.match(name) and func not in READS):
             return func(*args, **kwargs)
         leaves = [x for x in leaves_of((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -210,7 +213,7 @@ class Known(TorchFunctionMode):
 
     def _tape(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The call on data. It is kept, to be done for other batches."""
-        with _plainly():
+        with plainly():
             real = func(*self._data(args), **self._data(kwargs))
         writes = writes_to_first(getattr(func, "__name__", ""), kwargs)
         self._calls.append(Call(func, self._slotted(args), self._slotted(kwargs), writes))
@@ -280,6 +283,15 @@ class Known(TorchFunctionMode):
                 "parts of the batch would be computed in another way"
             )
 
+    def ask(self, func: Callable[..., Any], args: Any) -> Any:
+        """One answer for the whole batch, of a function of known tensors."""
+        return self._answer(func, self._tape(func, args, {}), args, {}, ())
+
+    def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What a tensor holds, if it is known."""
+        shadow = self._get(tensor)
+        return shadow.value if shadow is not None else None
+
     def number(self, tensor: torch.Tensor) -> Any:
         """The number in a known tensor, as if the model had read it."""
         return self._read(torch.Tensor.item, (tensor,), {})
@@ -334,6 +346,9 @@ class Known(TorchFunctionMode):
         if name == "__setitem__" and is_same(*args):
             return False, None
         each, alike = self._shares(mask)
+        if not alike and name == "__getitem__" and mask.dtype == torch.bool:
+            with self:
+                return True, self._rows.pick(table, mask)
         if not alike:
             return False, None
         with self:
@@ -362,9 +377,8 @@ class Known(TorchFunctionMode):
         each, alike = self._shares(mask)
         if not alike or each * self._samples != source.numel():
             raise NotSplittable(
-                f"masked_scatter gives the samples of a batch different shares of what it is given (the first, {each} "
-                f"of {source.numel()} values): only where each takes as many as any other can a part of the batch be "
-                "computed by itself"
+                f"masked_scatter gives the samples of a batch different shares of what it is given ({source.numel()} "
+                "values): only where each takes as many as any other can a part of the batch be computed by itself"
             )
         self.scatters += 1
 
@@ -386,10 +400,3 @@ class Known(TorchFunctionMode):
 
     def _slotted(self, arguments: Any) -> Any:
         return map_tensors(lambda t: Slot(self._shadows[t].slot), arguments)
-
-
-@contextlib.contextmanager
-def _plainly() -> Iterator[None]:
-    """A context in which data is computed with, whatever is being recorded."""
-    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
-        yield

@@ -66,3 +66,31 @@ def test_graph_follows_the_batch(replicas: tuple[int, ...]) -> None:
             harness.Result(wanted.losses, wanted.gradients, {}, []),
             harness.EXACT,
         )
+
+
+class Sounds(Decided):
+    """Puts the features of sounds of different lengths, and an embedding of their ends, among those of text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rest = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4))).double()
+        self.end = nn.Parameter(torch.randn(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        places = ids == 2
+        features = torch.tanh(self.layers[0](x.flip(1)))
+        valid = torch.arange(features.shape[1])[None, :] < places.sum(1, keepdim=True)
+        rows = self.layers[1](features[valid])
+        h = self.layers[2](x).masked_scatter(places[..., None], rows)
+        h[ids == 1] = self.end
+        for layer in self.rest:
+            h = torch.tanh(layer(h))
+        return (h**2).mean()
+
+
+@pytest.mark.parametrize("replicas", [(1, 2), (1, 1, 2, 1)])
+def test_sounds_of_different_lengths(replicas: tuple[int, ...]) -> None:
+    # One sample has no sound at all, another has nothing else.
+    ids = (torch.arange(4)[None, :] < torch.tensor([0, 1, 2, 4, 3, 1, 2])[:, None]).long() * 2
+    ids[[0, 2, 5], -1] = 1
+    harness.check(Sounds(), {**BATCHES[0], "ids": ids}, replicas, steps=2)
