@@ -42,10 +42,10 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
 
 
 def _outside(model: nn.Module, stubs: Collection[str]) -> list[nn.Module]:
-    """The model's modules, without those that are only inside of the submodules `stubs`."""
-    closed = {id(model.get_submodule(path)) for path in stubs}
+    """The model's modules, `stubs` among them, without those that are only inside of these."""
+    stack = [model, *(model.get_submodule(path) for path in stubs)]
+    closed = {id(module) for module in stack[1:]}
     found: dict[int, nn.Module] = {}
-    stack = [model]
     while stack:
         module = stack.pop()
         if id(module) not in found:

@@ -135,10 +135,10 @@ class Region:
             given.append((stub.path, stub.result.fill(tensors[start:stop], samples, device)))
             start = stop
         state = {id(tensor_of(self.module, name)): v for name, v in zip(self.state, tensors[start:], strict=True)}
-        stubs = [path for path, _ in given]
+        stubs = [path for path, _ in given] + ([part.until] if part is not None and part.until is not None else [])
         lent = lent_state(self.module, lambda own, module, name: state.get(id(own), own), stubs)
         handed = _Handed(part, tensors_in((args, kwargs))) if part is not None else None
-        with self.lock, lent, _stubbed(self.module, given, part, handed) as left:
+        with self.lock, lent, _stubbed(self.module, given, stubs, part, handed) as left:
             try:
                 outputs = self.module(*args, **kwargs)
                 results = tensors_in(outputs)
@@ -214,9 +214,13 @@ class Region:
 
 @contextlib.contextmanager
 def _stubbed(
-    module: nn.Module, given: Sequence[tuple[str, Any]], part: Part | None, handed: _Handed | None
+    module: nn.Module,
+    given: Sequence[tuple[str, Any]],
+    stubs: Sequence[str],
+    part: Part | None,
+    handed: _Handed | None,
 ) -> Iterator[Iterator[tuple[str, Any]]]:
-    """Let calls of submodules of `module` return what is given, in order, and the one after them stop the forward.
+    """Let calls of the submodules `stubs` return what is given, in order, and the one after them stop the forward.
 
     The caller restores the modules.
     """
@@ -241,7 +245,7 @@ def _stubbed(
 
         return call
 
-    for path in dict.fromkeys([path for path, _ in given] + ([part.until] if part.until is not None else [])):
+    for path in dict.fromkeys(stubs):
         module.get_submodule(path).__dict__["forward"] = stub(path)
     yield left
 
