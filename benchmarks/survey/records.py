@@ -45,5 +45,6 @@ def reason_of(error: BaseException) -> str:
     """The message without ranks, addresses and what follows the first lines."""
     text = re.sub(r"^rank \d+: ", "", str(error).strip())
     text = re.sub(r"0x[0-9a-f]+", "0x…", text)
-    lines = [line for line in text.splitlines() if line.strip()]
+    # Advice comes between the reason, and why the module cannot run as it is.
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith((" - ", "What to try"))]
     return f"{type(error).__name__}: " + " ".join(lines[:4])[:700]
