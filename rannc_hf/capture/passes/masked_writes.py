@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .schema import argument
 
@@ -39,7 +40,9 @@ def _written(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
     if mask is None or mask.meta["val"].dtype != torch.bool or argument(node, "accumulate"):
         return None, values
     own, value = mask.meta["val"], values.meta["val"]
-    same = value.dim() <= table.dim() - own.dim() or (value.numel() == 1 and value.dim() <= table.dim())
+    # How many values there are may be known to nobody before the mask is.
+    single = value.dim() <= table.dim() and statically_known_true(value.numel() == 1)
+    same = value.dim() <= table.dim() - own.dim() or single
     return mask if own.dim() and table.shape[: own.dim()] == own.shape and same else None, values
 
 
