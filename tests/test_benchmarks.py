@@ -39,7 +39,8 @@ def test_contenders_train_the_same_over_gloo(tmp_path: Path):
     assert [row["outcome"] for row in result["rows"]] == [DONE] * 3, [r["problem"] for r in result["rows"]]
     assert status == 0
     assert all(row["loss_difference"] <= 1e-4 for row in result["rows"])
-    assert result["rows"][0]["losses"][-1] < result["rows"][0]["losses"][0] - 0.01
+    # At their learning rate the loss falls by 0.006 in these steps: more than ten times what it may differ by.
+    assert result["rows"][0]["losses"][-1] < result["rows"][0]["losses"][0] - 1e-3
     assert "predicted ÷ measured" in (tmp_path / "run.1.md").read_text()
 
 

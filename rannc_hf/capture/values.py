@@ -12,14 +12,12 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .calls import (
     CREATES,
@@ -42,22 +40,14 @@ from .calls import (
 )
 from .checks import only_told, passing
 from .errors import CaptureError, NotSplittable, source_line
-from .guards import Call, Guards, Read, Slot
+from .guards import Guards, Read
+from .tape import Tape
 from .uneven import Count, Rows
 from .watch import output_path
 
 
 class UnknownValueError(CaptureError):
     """A value is known for the whole batch but decides what is done with parts of it; the message says which."""
-
-
-@dataclass
-class _Shadow:
-    """What a tensor holds: its value, how it is computed (a slot of the tape), and the fields it depends on."""
-
-    value: torch.Tensor
-    slot: int
-    fields: frozenset[str]
 
 
 class Known(TorchFunctionMode):
@@ -86,12 +76,8 @@ class Known(TorchFunctionMode):
         self.checks = 0
         """Checks of values that are not known, which were taken to pass."""
         self._batch, self._samples, self._answers, self._uniform = batch, samples, answers, uniform
-        self._calls: list[Call] = []
-        self._slots = 0
         self._asked = 0
-        self._shadows: Any = WeakTensorKeyDictionary()
-        self._spoilt: set[int] = set()
-        self._inputs: dict[int, str] = {}
+        self._tape = Tape()
         self._rows = Rows(self, samples)
         self.uneven: set[str] = set()
         """Paths of outputs that have another number of rows for each sample."""
@@ -124,25 +110,17 @@ class Known(TorchFunctionMode):
 
     def _begin(self, arguments: Mapping[str, Any]) -> None:
         self.reads, self.scatters, self.checks, self._asked = [], 0, 0, 0
-        self._calls, self._slots, self._inputs = [], 0, {}
+        self._tape = Tape()
         self._rows = Rows(self, self._samples)
         for name, data in self._batch.items():
             if isinstance(arguments.get(name), torch.Tensor):
-                self._inputs[self._slots] = name
-                with plainly():
-                    own = data.clone()
-                    if own.shape != arguments[name].shape:
-                        # Folded: what forward is given is flat.
-                        flat = Call(torch.flatten, (Slot(self._slots), 0, 1), {}).giving((self._slots + 1,))
-                        self._calls.append(flat)
-                        self._slots += 1
-                        own = own.flatten(0, 1)
-                self._set(arguments[name], own, frozenset({name}))
+                self._tape.hold_field(name, data, arguments[name])
 
     def guards(self, uniform: frozenset[str]) -> Guards:
         """What a batch must agree with for the step to hold for it; `uniform` are fields that must stay so."""
-        shapes = {name: tuple(self._batch[name].shape) for name in self._inputs.values()}
-        return Guards.of(self._inputs, self._calls, uniform & {f for read in self.reads for f in read.fields}, shapes)
+        inputs = self._tape.inputs
+        shapes = {name: tuple(self._batch[name].shape) for name in inputs.values()}
+        return Guards.of(inputs, self._tape.calls, uniform & {f for read in self.reads for f in read.fields}, shapes)
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -156,9 +134,9 @@ class Known(TorchFunctionMode):
             done, result = self._rows.call(func, name, args, kwargs)
             if done:
                 return result
-        if name == "__format__" and self._get(args[0]) is not None and only_told(sys._getframe(1)):
+        if name == "__format__" and args[0] in self._tape and only_told(sys._getframe(1)):
             with plainly():
-                return format(self._shadows[args[0]].value, *args[1:])
+                return format(self.value(args[0]), *args[1:])
         if mapped or (DESCRIBES.match(name) and func not in READS):
             return func(*args, **kwargs)
         leaves = [x for x in leaves_of((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -171,7 +149,7 @@ class Known(TorchFunctionMode):
         func, args, kwargs = without_models(func, name, args, kwargs)
         name = getattr(func, "__name__", "").partition(".")[0]
         leaves = [x for x in leaves_of((args, kwargs)) if isinstance(x, torch.Tensor)]
-        known = [self._get(x) is not None for x in leaves]
+        known = [x in self._tape for x in leaves]
         if name in ("masked_scatter", "masked_scatter_"):
             self._check_scatter(**(dict(zip(("table", "mask", "source"), args)) | kwargs))
         elif name in ("__getitem__", "__setitem__", "masked_select") and any(known):
@@ -194,63 +172,36 @@ class Known(TorchFunctionMode):
 
     def _run(self, func: Any, name: str, args: Any, kwargs: Any, leaves: list[torch.Tensor]) -> Any:
         """A call that gives tensors, on tensors without data and, where these are known, on their data."""
-        shadows = [self._get(x) for x in leaves]
-        writes = writes_to_first(name, kwargs)
         foreign = isinstance(func, torch._ops.OpOverload) and func.namespace not in ("aten", "prims")
-        if None in shadows or foreign or RANDOM.search(name):
+        if foreign or RANDOM.search(name) or any(x not in self._tape for x in leaves):
             result = func(*args, **kwargs)
             # Functions of `torch.nn.init` come with names alone.
             written = args[0] if args else next(iter(kwargs.values()), None)
-            target = self._get(written) if writes and isinstance(written, torch.Tensor) else None
-            if target is not None:
-                self._spoilt.add(target.value.untyped_storage()._cdata)
+            if writes_to_first(name, kwargs) and isinstance(written, torch.Tensor):
+                self._tape.forget(written)
             return result
-        real = self._tape(func, args, kwargs)
+        real = self._tape.do(func, args, kwargs)
         result = func(*args, **kwargs)
-        fields = frozenset[str]().union(*(s.fields for s in shadows if s is not None))
-        self._pair(result, real, fields, writes)
+        self._tape.hold(result, real, self._tape.fields(leaves))
         return result
-
-    def _tape(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The call on data. It is kept, to be done for other batches."""
-        with plainly():
-            real = func(*self._data(args), **self._data(kwargs))
-        writes = writes_to_first(getattr(func, "__name__", ""), kwargs)
-        self._calls.append(Call(func, self._slotted(args), self._slotted(kwargs), writes))
-        return real
-
-    def _pair(self, result: Any, real: Any, fields: frozenset[str], writes: bool) -> None:
-        """Note what the tensors of `result` hold."""
-        found, values = pytree.tree_leaves(result), pytree.tree_leaves(real)
-        slots: list[int | None] = []
-        for tensor, value in zip(found, values):
-            alike = isinstance(tensor, torch.Tensor) and isinstance(value, torch.Tensor)
-            alike = alike and tensor.shape == value.shape and tensor.dtype == value.dtype
-            if not alike:
-                slots.append(None)
-                continue
-            old = self._get(tensor) if writes else None
-            slots.append(old.slot if old is not None else self._set(tensor, value, fields))
-        self._calls[-1] = self._calls[-1].giving(tuple(slots))
 
     # -- reads ---------------------------------------------------------------------------------------------------
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
-        value = self._tape(func, args, kwargs)
+        value = self._tape.do(func, args, kwargs)
         return self._answer(func, value, args, kwargs)
 
     def _constant(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A tensor whose size depends on values, as a constant."""
-        value = self._answer(func, self._tape(func, args, kwargs), args, kwargs)
+        value = self._answer(func, self._tape.do(func, args, kwargs), args, kwargs)
         fields = self.reads[-1].fields
         result = map_tensors(lambda t: torch.tensor(t.tolist(), dtype=t.dtype).reshape(t.shape), value)
-        self._pair(result, value, fields, writes=False)
+        self._tape.hold(result, value, fields)
         return result
 
     def _answer(self, func: Any, value: Any, args: Any, kwargs: Any, shape: tuple[int, ...] | None = None) -> Any:
         leaves = [x for x in leaves_of((args, kwargs)) if isinstance(x, torch.Tensor)]
-        shadows = [self._shadows[x] for x in leaves]
-        fields = frozenset[str]().union(*(s.fields for s in shadows))
+        fields = self._tape.fields(leaves)
         line = source_line([(f.filename, f.lineno, f.line) for f in traceback.extract_stack()])
         read = Read(func.__name__, value, fields, tuple(leaves[0].shape) if shape is None else shape, line)
         if self._answers is not None and not fields <= self._uniform:
@@ -258,7 +209,7 @@ class Known(TorchFunctionMode):
             self._asked += 1
         self.reads.append(read)
         if self._answers is None:
-            self._calls[-1] = self._calls[-1].expecting(read.value)
+            self._tape.expect(read.value)
         return read.value
 
     def _answered(self, read: Read, before: Sequence[Read]) -> Read:
@@ -285,12 +236,11 @@ class Known(TorchFunctionMode):
 
     def ask(self, func: Callable[..., Any], args: Any) -> Any:
         """One answer for the whole batch, of a function of known tensors."""
-        return self._answer(func, self._tape(func, args, {}), args, {}, ())
+        return self._answer(func, self._tape.do(func, args, {}), args, {}, ())
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """What a tensor holds, if it is known."""
-        shadow = self._get(tensor)
-        return shadow.value if shadow is not None else None
+        return self._tape.value(tensor)
 
     def number(self, tensor: torch.Tensor) -> Any:
         """The number in a known tensor, as if the model had read it."""
@@ -302,7 +252,7 @@ class Known(TorchFunctionMode):
         def number(x: Any) -> Any:
             scalar = isinstance(x, torch.Tensor) and x.dim() == 0
             scalar = scalar and (name in RANGES or not x.dtype.is_floating_point)
-            return self.number(x) if scalar and x.dtype != torch.bool and self._get(x) is not None else x
+            return self.number(x) if scalar and x.dtype != torch.bool and x in self._tape else x
 
         def bounds(x: Any) -> Any:
             return slice(number(x.start), number(x.stop), number(x.step)) if isinstance(x, slice) else x
@@ -321,14 +271,14 @@ class Known(TorchFunctionMode):
             index = tuple(p for x in index for p in self._positions(x))
             return (args[0], index if isinstance(args[1], tuple) or len(index) > 1 else index[0], *args[2:]), kwargs
         repeats = kwargs.get("repeats", args[1] if len(args) > 1 else None)
-        if name == "repeat_interleave" and isinstance(repeats, torch.Tensor) and self._get(repeats) is not None:
+        if name == "repeat_interleave" and isinstance(repeats, torch.Tensor) and repeats in self._tape:
             with self:
                 size = int(repeats.sum()) if repeats.dim() else None
             return args, {**kwargs, "output_size": size} if size is not None else kwargs
         return args, kwargs
 
     def _positions(self, index: Any) -> tuple[Any, ...]:
-        mask = is_mask(index) and self._get(index) is not None
+        mask = is_mask(index) and index in self._tape
         return self._constant(torch.nonzero, (index,), {"as_tuple": True}) if mask else (index,)
 
     # -- masks that pick as many entries of each sample -----------------------------------------------------------
@@ -341,7 +291,7 @@ class Known(TorchFunctionMode):
         table, mask = args[0], args[1]
         if isinstance(mask, tuple) and len(mask) == 1:
             mask = mask[0]
-        if not is_mask(mask) or mask.dim() == 0 or self._get(mask) is None or mask.shape[0] % self._samples:
+        if not is_mask(mask) or mask.dim() == 0 or mask not in self._tape or mask.shape[0] % self._samples:
             return False, None
         if name == "__setitem__" and is_same(*args):
             return False, None
@@ -364,7 +314,7 @@ class Known(TorchFunctionMode):
     def _shares(self, mask: torch.Tensor) -> tuple[int, bool]:
         """How many entries the first sample has, and whether all samples have as many."""
         args = (mask, self._samples)
-        value = self._tape(count_shares, args, {})
+        value = self._tape.do(count_shares, args, {})
         result: tuple[int, bool] = self._answer(count_shares, value, args, {}, (mask.shape[0] // self._samples,))
         return result
 
@@ -372,7 +322,7 @@ class Known(TorchFunctionMode):
         """`masked_scatter` takes from its source in order: each sample must find there just what is its own."""
         with self:
             mask = mask.expand(table.shape)
-        if self._get(mask) is None or mask.dim() == 0 or mask.shape[0] % self._samples:
+        if mask not in self._tape or mask.dim() == 0 or mask.shape[0] % self._samples:
             return
         each, alike = self._shares(mask)
         if not alike or each * self._samples != source.numel():
@@ -381,22 +331,3 @@ class Known(TorchFunctionMode):
                 "values): only where each takes as many as any other can a part of the batch be computed by itself"
             )
         self.scatters += 1
-
-    # -- shadows -------------------------------------------------------------------------------------------------
-
-    def _get(self, tensor: torch.Tensor) -> _Shadow | None:
-        shadow: _Shadow | None = self._shadows.get(tensor)
-        if shadow is None or shadow.value.untyped_storage()._cdata in self._spoilt:
-            return None
-        return shadow
-
-    def _set(self, tensor: torch.Tensor, value: torch.Tensor, fields: frozenset[str]) -> int:
-        self._shadows[tensor] = _Shadow(value, self._slots, fields)
-        self._slots += 1
-        return self._slots - 1
-
-    def _data(self, arguments: Any) -> Any:
-        return map_tensors(lambda t: self._shadows[t].value, arguments)
-
-    def _slotted(self, arguments: Any) -> Any:
-        return map_tensors(lambda t: Slot(self._shadows[t].slot), arguments)
