@@ -91,10 +91,20 @@ def tiny_config(model_type: str, layers: int) -> Any:
 
 
 _DROP = object()
+_PARTS = {
+    "encoder-decoder": ("bert", "bert"),
+    "speech-encoder-decoder": ("wav2vec2", "bert"),
+    "vision-encoder-decoder": ("vit", "bert"),
+}
+"""Encoder and decoder of types that put two models together: not all versions of Transformers choose them."""
 
 
 def _default(config_class: Any) -> Any:
-    return config_class()
+    parts = _PARTS.get(config_class.model_type)
+    if parts is None:
+        return config_class()
+    encoder, decoder = (CONFIG_MAPPING[part]() for part in parts)
+    return config_class.from_encoder_decoder_configs(encoder, decoder)
 
 
 def _resolved(value: Any, layers: int) -> Any:
