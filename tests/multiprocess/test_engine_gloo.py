@@ -69,7 +69,7 @@ def train_one(
         [
             ("t5", (1, 2), "none", 1),
             ("vit", (1, 2), "optimizer", 1),
-            ("t5", (2, 1), "gradients", 1),
+            ("vit", (2, 1), "gradients", 1),
             ("gpt2", (3,), "parameters", 1),
             ("t5", (1, 2), "optimizer", 2),
             ("vit", (1, 1), "none", 1),
