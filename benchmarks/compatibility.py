@@ -3,6 +3,7 @@
     python benchmarks/compatibility.py --jobs 4 --output runs/survey           # all, or what is not done yet
     python benchmarks/compatibility.py --only mixtral bert --verbose           # a few, with tracebacks
     python benchmarks/compatibility.py --table runs/survey                     # writes docs/compatibility.md
+    python benchmarks/compatibility.py --keep runs/survey NAME.jsonl           # one file of all results
 
 Each type is built from a tiny config with random weights and trained for one step on a padded batch, plainly and then
 in 2 stages (replicas 1 and 2) and in 4, whose ranks are threads of one process. A type is a file in the output folder,
@@ -37,9 +38,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory-gib", type=float, default=6.0, help="memory a type")
     parser.add_argument("--verbose", action="store_true", help="in this process, with tracebacks; for --only")
     parser.add_argument(
-        "--table", nargs="+", type=Path, metavar="FOLDER", help="write docs/compatibility.md from results"
+        "--table",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS",
+        help="write docs/compatibility.md from folders or files",
     )
-    parser.add_argument("--summary", type=Path, metavar="FOLDER", help="print failures grouped by reason")
+    parser.add_argument("--summary", type=Path, metavar="RESULTS", help="print failures grouped by reason")
+    parser.add_argument(
+        "--keep", nargs=2, type=Path, metavar=("FOLDER", "FILE"), help="write results to one file, a line a type"
+    )
     parser.add_argument("--plain", action="store_true", help="train plainly only, to see which types can be compared")
     parser.add_argument("--list", action="store_true", help="list the types")
     return parser.parse_args()
@@ -49,7 +57,7 @@ def main() -> int:
     """Run what is asked for."""
     options = parse()
     warnings.filterwarnings("ignore")
-    if options.table or options.summary:
+    if options.table or options.summary or options.keep:
         return report(options)
     import torch
 
@@ -100,9 +108,11 @@ def report(options: argparse.Namespace) -> int:
     """Write or print what results say. Status 1 for a mismatch."""
     from survey.families import model_types
     from survey.records import MISMATCH
-    from survey.summary import load, summary
+    from survey.summary import keep, load, summary
     from survey.table import write_table
 
+    if options.keep:
+        keep(*options.keep)
     if options.summary:
         print(summary(load(options.summary)))
     if options.table:

@@ -13,10 +13,18 @@ from .records import BUCKETS, COUNTED, EQUAL, SCRIPT, UNFINISHED
 Record = dict[str, Any]
 
 
-def load(output: Path) -> list[Record]:
-    """All finished records of a folder, by type."""
-    records = [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
+def load(results: Path) -> list[Record]:
+    """All finished records of a folder, by type, or those that `keep` wrote."""
+    if results.is_file():
+        return [json.loads(line) for line in results.read_text().splitlines()]
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     return [r for r in records if r["bucket"] != UNFINISHED]
+
+
+def keep(results: Path, file: Path) -> None:
+    """Write the records to one file, a line each, without tracebacks."""
+    lines = [json.dumps({k: v for k, v in r.items() if k != "traceback"}) for r in load(results)]
+    file.write_text("\n".join(lines) + "\n")
 
 
 def counts(records: list[Record]) -> dict[str, int]:

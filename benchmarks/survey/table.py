@@ -11,7 +11,7 @@ from .summary import Record, load, share
 
 _INTRO = """# Compatibility
 
-Written by `python benchmarks/compatibility.py --table FOLDER…` from the results of the survey; do not edit.
+Written by `python benchmarks/compatibility.py --table RESULTS…` from the results of the survey; do not edit.
 
 The survey goes over every model type of the installed Transformers that has a class which returns a loss. Each is built
 from a tiny config (2 layers, or 4 where 2 cannot make 4 stages) with random weights, and trained for one step on 6
@@ -44,12 +44,12 @@ A type is a file in the folder, so a run that was cut off goes on where it stopp
 """
 
 
-def write_table(folders: Sequence[Path], page: Path, types: Sequence[str] = ()) -> None:
-    """Write the page; the tables are of the first folder's results, the counts of all of them.
+def write_table(results: Sequence[Path], page: Path, types: Sequence[str] = ()) -> None:
+    """Write the page; the tables are of the first results, the counts of all of them.
 
     `types` are all that there are: the page says how many have not been run.
     """
-    runs = [load(folder) for folder in folders]
+    runs = [load(path) for path in results]
     missing = sorted({*types} - {r["type"] for r in runs[0]})
     lines = [_INTRO, "## Summary", "", "| versions | types | train plainly | equal | share |", "|---|---|---|---|---|"]
     for records in runs:
@@ -64,6 +64,7 @@ def write_table(folders: Sequence[Path], page: Path, types: Sequence[str] = ()) 
     texts = sum(r.get("inputs") == "text only" for r in runs[0] if r["bucket"] in COUNTED)
     lines += ["", f"{texts} of the models counted take images or sounds too and were trained on text only.", "", _RERUN]
     lines += _counted([r for r in runs[0] if r["bucket"] in COUNTED])
+    lines += _otherwise(runs)
     lines += _others([r for r in runs[0] if r["bucket"] in (RANDOM, UNTRAINED)])
     names = ", ".join(f"`{r['type']}`" for r in runs[0] if r["bucket"] == NO_HEAD)
     lines += ["", "## No class that returns a loss", "", names]
@@ -94,6 +95,30 @@ def _counted(records: Sequence[Record]) -> list[str]:
         cells = [f"`{r['type']}`", r.get("class", "–"), inputs, str(r.get("blocks", "–")), stages, worst, outcome]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _otherwise(runs: Sequence[Sequence[Record]]) -> list[str]:
+    """What of other versions is not equal in stages, and has another outcome above."""
+    first = {r["type"]: r["bucket"] for r in runs[0]}
+    found = [
+        (r, versions([r]))
+        for records in runs[1:]
+        for r in records
+        if r["bucket"] in COUNTED and r["bucket"] not in (EQUAL, SCRIPT, first.get(r["type"]))
+    ]
+    if not found:
+        return []
+    lines = [
+        "",
+        "## Other outcomes with other versions",
+        "",
+        "| type | class | versions | outcome |",
+        "|---|---|---|---|",
+    ]
+    return lines + [
+        f"| `{r['type']}` | {r.get('class', '–')} | {own} | **{r['bucket']}**: {short(r.get('reason', ''))} |"
+        for r, own in found
+    ]
 
 
 def _others(records: Sequence[Record]) -> list[str]:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import compatibility  # noqa: E402
 from survey.pool import path_of, run_all, write  # noqa: E402
 from survey.records import EQUAL, MISMATCH, REFUSED, UNFINISHED, UNTRAINED  # noqa: E402
-from survey.summary import load, share, summary  # noqa: E402
+from survey.summary import keep, load, share, summary  # noqa: E402
 from survey.table import short, versions, write_table  # noqa: E402
 
 
@@ -62,10 +62,19 @@ def test_page(tmp_path: Path):
     ]
     for own in results:
         write(path_of(tmp_path, own["type"]), own)
-    write_table([tmp_path, tmp_path], tmp_path / "page.md", ["bert", "jetmoe", "vits", "xlm"])
+    others = [results[0] | {"bucket": REFUSED, "reason": "no", "traceback": "long"}, results[1]]
+    older = tmp_path / "older"
+    older.mkdir()
+    for own in others:
+        write(path_of(older, own["type"]), own | {"versions": {"torch": "0", "transformers": "1"}})
+    keep(older, tmp_path / "older.jsonl")
+    write_table([tmp_path, tmp_path / "older.jsonl"], tmp_path / "page.md", ["bert", "jetmoe", "vits", "xlm"])
     page = (tmp_path / "page.md").read_text()
     assert "**Not run yet: 1 of 4 types.**" in page and page.rstrip().endswith("`xlm`")
-    assert page.count("| torch 1, transformers 2 | 3 | 2 | 1 | 50.0 % |") == 2, "a line for each folder"
+    assert "| torch 1, transformers 2 | 3 | 2 | 1 | 50.0 % |" in page
+    assert "| torch 0, transformers 1 | 2 | 2 | 0 | 0.0 % |" in page
+    assert page.count("torch 0, transformers 1 | **refused**") == 1, "what is not told of the first already"
+    assert "long" not in (tmp_path / "older.jsonl").read_text()
     assert "| `bert` | bertModel | input_ids | 4 | 2, 4 | 2e-16 | equal |" in page
     assert r"**refused**: CaptureError: reads a number \| out of &lt;a> tensor |" in page
     assert "| `vits` | vitsModel | NotImplementedError: Training of VITS |" in page
