@@ -27,7 +27,7 @@ from .graph import Block, Graph, ParameterSpec
 from .opaque.operation import is_opaque, region_of
 from .opaque.prepare import Regions, mark_kinds
 from .opaque.search import with_regions
-from .pairs import leave_out, pairs_of_samples
+from .pairs import leave_out, one_a_sample, pairs_of_samples
 from .passes.batch_norm import expose_statistics
 from .passes.cleanup import drop_assertions, drop_dead, drop_lifts, relax_views, spell_types
 from .passes.counts import Counts, count_samples
@@ -195,7 +195,8 @@ def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: 
     spell_types(graph)
     drop_dead(graph)
     hoist(graph, updates.values())
-    return _Step(export, paths, _leaves(paths, export), loss_path, split, tuple(updates))
+    lost = {i: output_path(leaves[i][0]) for i, left in enumerate(export.left_out) if left and (split or not training)}
+    return _Step(export, paths, _leaves(paths, export, lost), loss_path, split, tuple(updates))
 
 
 def _finish(
@@ -263,27 +264,30 @@ _NO_SYNC = (
 # -- outputs ---------------------------------------------------------------------------------------------------------
 
 
-def _leaves(paths: Mapping[str, str], export: Export) -> tuple[str | None, ...]:
-    """For each leaf of what `forward` returns, the path of the output that holds it."""
+def _leaves(paths: Mapping[str, str], export: Export, lost: Mapping[int, str]) -> tuple[str | None, ...]:
+    """For each leaf of what `forward` returns, the path of the output that holds it, or held it, where it is `lost`."""
     path_of: dict[str | None, str] = {}
     for path, name in paths.items():
         path_of.setdefault(name, path)
-    return tuple(path_of.get(name) for name in export.output_names)
+    return tuple(lost.get(i, path_of.get(name)) for i, name in enumerate(export.output_names))
 
 
 def _without_pairs(small: _Step, large: _Step, known: Known | None) -> tuple[_Step, ...]:
-    """Two exports of a step without outputs that compare samples, or have another number of rows for each."""
+    """Two exports of a step without outputs that compare samples, that have another number of rows for each, or that
+    are as many as there are samples."""
     steps, paths = (small, large), list(small.paths)
-    left_out = pairs_of_samples(paths, small.graph, large.graph)
+    left_out = one_a_sample(small.paths, large.paths)
+    if not left_out:
+        left_out = pairs_of_samples(paths, small.graph, large.graph)
     uneven = set() if known is None else known.uneven & set(paths)
-    if uneven and left_out | uneven == set(paths):
+    if uneven and left_out | uneven >= set(paths):
         raise CaptureError(f"the number of rows of the outputs {sorted(uneven)} is another one for each sample")
     left_out |= uneven
     if not left_out:
         return steps
     made = []
     for step in steps:
-        leave_out(paths, step.graph, left_out)
+        leave_out(list(step.paths), step.graph, left_out)
         drop_dead(step.graph)
         reached = step.export.gradients_by_leaf
         assert len(reached) in (0, len(step.leaves)), "in evaluation nothing is differentiated"

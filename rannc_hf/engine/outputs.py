@@ -84,8 +84,8 @@ def _not_returned(what: str) -> str:
 
 def _compares(path: str) -> str:
     return (
-        f"'{path}' compares all samples of a batch with each other, and the model runs on parts of it: it is not "
-        "returned. Compute it from the outputs of each sample, with all of them gathered where it needs those"
+        f"'{path}' compares all samples of a batch with each other, or is a list of them, and the model runs on parts "
+        "of it: it is not returned. Compute it from other outputs, gathered where those of all samples are needed"
     )
 
 

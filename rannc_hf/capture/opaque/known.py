@@ -70,7 +70,7 @@ def whole(key: str, reason: str, module: nn.Module, calls: Calls, total: int) ->
     _check_pure(what, calls)
     inputs = template(calls[0].inputs, calls[1].inputs, f"{what} is given")
     outputs = template(calls[0].outputs, calls[1].outputs, f"{what} gives")
-    region = Region(key, calls[0].path, module, inputs, state_names(module), reason, draws=calls[1].draws)
+    region = _region(key, calls, module, inputs, state_names(module), reason, draws=calls[1].draws)
     given = {n: tensors_in(call.inputs) for n, call in zip(SAMPLES, calls)}
     results = {n: tensors_in(call.outputs) for n, call in zip(SAMPLES, calls)}
     return _known(region, what, given, results, calls[1].state, outputs, total, calls[1].fields)
@@ -82,8 +82,7 @@ def in_parts(key: str, reason: str, module: nn.Module, calls: Calls, total: int)
     _check_pure(what, calls)
     small, large = (call.parts for call in calls)
     assert small is not None and large is not None
-    if _story(small) != _story(large):
-        raise CaptureError(f"{what} calls other modules for another number of samples")
+    _check_story(what, small, large)
     if not small.called:
         raise CaptureError(f"{what} calls no modules")
     inputs = template(calls[0].inputs, calls[1].inputs, f"{what} is given")
@@ -98,7 +97,7 @@ def in_parts(key: str, reason: str, module: nn.Module, calls: Calls, total: int)
             written = frozenset(i for i, n in enumerate(given) if n in small.written)
             sources, made = _handed(small, index + 1)
             part = Part(tuple(stubs), a.path, a.takes, (None,) * len(given), written, sources, made)
-            region = Region(f"{key}.{index}", calls[0].path, module, inputs, names, reason, part, draws=b.draws)
+            region = _region(f"{key}.{index}", calls, module, inputs, names, reason, part, draws=b.draws)
             code, needs = _part(region, what, (a, b), tensors, given, calls[1].state, total)
         steps.append(Step(a.path, arguments, a.sources, results, a.first_new, code, needs))
         if a.path is not None:
@@ -106,9 +105,23 @@ def in_parts(key: str, reason: str, module: nn.Module, calls: Calls, total: int)
             given += results
     written = frozenset(i for i, n in enumerate(given) if n in small.written)
     part = Part(tuple(stubs), None, (), (None,) * len(given), written, *_handed(small, len(small.events)))
-    region = Region(key, calls[0].path, module, inputs, names, reason, part)
+    region = _region(key, calls, module, inputs, names, reason, part)
     _check_calls(region, tensors, given, calls[1].state, what)
     return Forward(steps, _shapes({n: tensors_in(call.inputs) for n, call in zip(SAMPLES, calls)}))
+
+
+def _region(
+    key: str,
+    calls: Calls,
+    module: nn.Module,
+    inputs: Template,
+    state: tuple[str, ...],
+    reason: str,
+    part: Part | None = None,
+    draws: bool = False,
+) -> Region:
+    path, left_out = calls[0].path, calls[0].left_out
+    return Region(key, path, module, inputs, state, reason, part, draws=draws, left_out=left_out)
 
 
 def _check_calls(
@@ -145,8 +158,17 @@ def _slice(values: Sequence[torch.Tensor], specs: Sequence[ValueSpec], start: in
     ]
 
 
-def _story(parts: Parts) -> list[tuple[object, ...]]:
-    return [(event.path, event.sources, event.first_new) for event in parts.events] + [tuple(parts.results)]
+def _check_story(what: str, small: Parts, large: Parts) -> None:
+    """Refuse a forward that does something else for another number of samples."""
+    if [event.path for event in small.events] != [event.path for event in large.events]:
+        raise CaptureError(f"{what} calls other modules for another number of samples")
+    for event, few, many in zip(small.events, small.results, large.results):
+        if len(few) != len(many):
+            raise CaptureError(f"how many tensors '{event.path}' gives to {what} depends on the number of samples")
+    for a, b in zip(small.events, large.events):
+        if (a.sources, a.first_new) != (b.sources, b.first_new):
+            made = f"gives '{a.path}'" if a.path is not None else "returns"
+            raise CaptureError(f"which tensors {what} {made} depends on the number of samples")
 
 
 def _handed(parts: Parts, events: int) -> tuple[tuple[tuple[int, ...], ...], tuple[range, ...]]:

@@ -7,17 +7,17 @@ tensors are just handed on: no code has to run for those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ..ambient import told_exporting
 from ..watch import register_outputs
-from .template import tensors_in
+from .left_out import Path, without
+from .template import copies, tensors_in
 
 
 @dataclass
@@ -62,6 +62,19 @@ class Parts:
         """The submodules that are called."""
         return tuple(dict.fromkeys(event.path for event in self.events if event.path is not None))
 
+    def returning_without(self, paths: Collection[Path], whose: str) -> Parts:
+        """The same, but for the parts at `paths` of what the forward returns."""
+        *calls, end = self.events
+        arguments = without(end.arguments, paths, f"'{whose}'")
+        kept = {id(tensor) for tensor in tensors_in(arguments)}
+        sources: list[int] = []
+        new: dict[int, int] = {}
+        for tensor, source in zip(tensors_in(end.arguments), end.sources, strict=True):
+            if id(tensor) in kept:
+                known = source < end.first_new
+                sources.append(source if known else new.setdefault(source, end.first_new + len(new)))
+        return replace(self, events=[*calls, replace(end, arguments=arguments, sources=sources)])
+
 
 class Recorder:
     """Records the calls that the forward of `module` itself makes. The caller restores the modules."""
@@ -101,7 +114,7 @@ class Recorder:
                 result = forward(*args, **kwargs)
             self._inside = False
             register_outputs(result)
-            event.result = _copies(result)
+            event.result = copies(result)
             numbers = self._number(tensors_in(result))
             self._parts.results.append(numbers)
             self._state = self._generator()
@@ -117,13 +130,13 @@ class Recorder:
             if tensor._version != version:
                 self._parts.written.add(i)
             else:
-                numbers[id(tensor)] = i
+                numbers.setdefault(id(tensor), i)
         sources = []
         for tensor in tensors_in(arguments):
             if id(tensor) not in numbers:
                 numbers[id(tensor)] = self._number([tensor])[0]
             sources.append(numbers[id(tensor)])
-        event = Event(path, _copies(arguments), sources, first, self._generator() != self._state)
+        event = Event(path, copies(arguments), sources, first, self._generator() != self._state)
         self._parts.events.append(event)
         return event
 
@@ -132,7 +145,3 @@ class Recorder:
         self._tensors += tensors
         self._versions += [t._version for t in tensors]
         return range(start, len(self._tensors))
-
-
-def _copies(structure: Any) -> Any:
-    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, structure)

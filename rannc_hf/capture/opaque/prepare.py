@@ -16,7 +16,7 @@ from ..passes.per_sample import SAMPLES
 from ..state import tensor_of
 from . import operation
 from .known import Forward, Known, in_parts, whole
-from .probe import probe
+from .probe import probe, without_tuples
 from .region import Region, skeleton
 from .template import tensors_in
 
@@ -77,7 +77,7 @@ def prepare(
     _check_order([call.path for call in small], [call.path for call in large])
     modules = {path: skeleton(model, model.get_submodule(path)) for path in dict.fromkeys(c.path for c in small)}
     known: dict[str, list[Known | Forward]] = {}
-    for a, b in zip(small, large):
+    for a, b in map(without_tuples, small, large):
         own = known.setdefault(a.path, [])
         key = f"{a.path}#{len(own)}"
         try:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from ..ambient import no_autocast, plain_context, told_exporting
 from ..errors import CaptureError, plain_reason
 from ..state import lent_state, tensor_of
 from ..watch import register_outputs
+from .left_out import Path, of_each_sample, without
 from .parts import Parts, Recorder
-from .template import tensors_in
+from .template import copies, tensors_in
 
 _NOISE = 1_000_003
 
@@ -42,6 +43,8 @@ class Call:
     """Values of the parameters and buffers of `state_names`."""
     parts: Parts | None = None
     """The calls of submodules, where these are captured by themselves."""
+    left_out: frozenset[Path] = frozenset()
+    """Parts of what it gave that are not among `outputs` any more (`without_tuples`)."""
     fields: tuple[str | None, ...] = ()
     """For each tensor that it is given the field of the batch that it is, if it is one."""
 
@@ -125,9 +128,17 @@ def _record(
     module.__dict__["forward"] = recorded
 
 
-def copies(structure: Any) -> Any:
-    """The structure with copies of its tensors: what is done to them later does not show."""
-    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, structure)
+def without_tuples(small: Call, large: Call) -> tuple[Call, Call]:
+    """Two calls, for two numbers of samples, without results that are as many as there are samples."""
+    paths = of_each_sample(small.outputs, large.outputs)
+    if not paths:
+        return small, large
+    made = []
+    for call in (small, large):
+        parts = call.parts.returning_without(paths, call.path) if call.parts is not None else None
+        outputs = without(call.outputs, paths, f"'{call.path}'")
+        made.append(replace(call, outputs=outputs, parts=parts, left_out=paths))
+    return made[0], made[1]
 
 
 def state_names(module: nn.Module, stubs: Sequence[str] = ()) -> tuple[str, ...]:

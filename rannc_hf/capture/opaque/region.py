@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import CaptureError
 from ..graph import ValueSpec
 from ..state import lent_state, tensor_of
+from .left_out import Path, without
 from .template import Template, tensors_in
 
 Kind = Literal["samples", "shared", "sum", "mean"]
@@ -114,6 +115,8 @@ class Region:
     """Bytes that autograd keeps for a sample of the probe, besides what the region is given."""
     draws: bool = False
     """Whether it draws random numbers: dropout."""
+    left_out: frozenset[Path] = frozenset()
+    """Parts of what the forward returns that are not results."""
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
     """Held while parameters are lent to `module`: ranks that are threads of one process share it."""
 
@@ -140,7 +143,7 @@ class Region:
         handed = _Handed(part, tensors_in((args, kwargs))) if part is not None else None
         with self.lock, lent, _stubbed(self.module, given, stubs, part, handed) as left:
             try:
-                outputs = self.module(*args, **kwargs)
+                outputs = without(self.module(*args, **kwargs), self.left_out, self.name)
                 results = tensors_in(outputs)
             except _Stopped as stopped:
                 results = tensors_in(stopped.arguments)

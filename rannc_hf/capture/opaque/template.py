@@ -29,6 +29,8 @@ class Template:
 
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
+    same: tuple[int, ...]
+    """For each slot the first that holds the same tensor: code may compare, or hand on one or the other."""
 
     @property
     def tensors(self) -> int:
@@ -40,7 +42,7 @@ class Template:
 
         def value(leaf: Any) -> Any:
             if isinstance(leaf, Slot):
-                return tensors[leaf.index]
+                return tensors[self.same[leaf.index]]
             if isinstance(leaf, PerSample):
                 return int(leaf) * samples
             return device if isinstance(leaf, torch.device) else leaf
@@ -51,6 +53,20 @@ class Template:
 def tensors_in(structure: Any) -> list[torch.Tensor]:
     """The tensors of a structure, in the order of its template's slots."""
     return [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, torch.Tensor)]
+
+
+def copies(structure: Any) -> Any:
+    """The structure with copies of its tensors, one of each: what is done to them later does not show."""
+    made: dict[int, torch.Tensor] = {}
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in made:
+            made[id(value)] = value.detach().clone()
+        return made[id(value)]
+
+    return pytree.tree_map(copied, structure)
 
 
 def template(small: Any, large: Any, what: str) -> Template:
@@ -70,7 +86,8 @@ def template(small: Any, large: Any, what: str) -> Template:
             slots += 1
         else:
             leaves.append(_plain(a, b, what))
-    return Template(spec, tuple(leaves))
+    pairs = [(id(a), id(b)) for a, b in zip(tensors_in(small), tensors_in(large))]
+    return Template(spec, tuple(leaves), tuple(pairs.index(pair) for pair in pairs))
 
 
 def _plain(a: Any, b: Any, what: str) -> Any:
