@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from .graph import Block, Graph, ParameterSpec
 from .opaque.operation import is_opaque, region_of
 from .opaque.prepare import Regions, mark_kinds
 from .opaque.search import with_regions
-from .pairs import leave_out, one_a_sample, pairs_of_samples
+from .outputs import Step, computable, leaves_of
 from .passes.batch_norm import expose_statistics
 from .passes.cleanup import drop_assertions, drop_dead, drop_lifts, relax_views, spell_types
 from .passes.counts import Counts, count_samples
@@ -43,7 +43,6 @@ from .passes.regions import inline_regions
 from .passes.rejoin import rejoin
 from .passes.updates import check_samples, hoist, local_nodes, reduced, touching
 from .state import preserved
-from .values import Known
 from .watch import Losses, find_loss, is_loss, output_path
 
 logger = logging.getLogger(__name__)
@@ -119,7 +118,7 @@ def _captured(
     def attempt(answers: Answers | None) -> Graph:
         known = {n: answers.known(n) if answers is not None else None for n in SAMPLES}
         small, large = (_step(export(samples=n, known=known[n]), model, batch, training, loss) for n in SAMPLES)
-        small, large = _without_pairs(small, large, known[SAMPLES[0]])
+        small, large = computable(small, large, known[SAMPLES[0]])
         merge(small.graph, large.graph, (small.export.constants, large.export.constants))
         first = known[SAMPLES[0]]
         return _finish(small, model, training, regions, folded, first.scatters if first is not None else 0)
@@ -140,28 +139,7 @@ def _captured(
         return graph
 
 
-@dataclass(frozen=True)
-class _Step:
-    """An exported step, cleaned down to what its outputs need."""
-
-    export: Export
-    paths: Mapping[str, str]
-    """Path of each output to the node that the model returned."""
-    leaves: tuple[str | None, ...]
-    """For each leaf of what `forward` returns, the path of the output that holds it."""
-    loss: str | None
-    """The path of the loss."""
-    split: bool
-    """Whether a training step's loss is computed outside of it."""
-    updates: tuple[str, ...]
-    """Placeholders of the buffers that the step writes to, whose new values follow the outputs."""
-
-    @property
-    def graph(self) -> fx.Graph:
-        return self.export.module.graph
-
-
-def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: bool, losses: Losses) -> _Step:
+def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: bool, losses: Losses) -> Step:
     structure = pytree.tree_unflatten(list(export.output_names), export.output_spec)
     leaves, _ = pytree.tree_flatten_with_path(structure)
     paths = {output_path(keys): name for keys, name in leaves if isinstance(name, str)}
@@ -195,12 +173,13 @@ def _step(export: Export, model: nn.Module, batch: Mapping[str, Any], training: 
     spell_types(graph)
     drop_dead(graph)
     hoist(graph, updates.values())
-    lost = {i: output_path(leaves[i][0]) for i, left in enumerate(export.left_out) if left and (split or not training)}
-    return _Step(export, paths, _leaves(paths, export, lost), loss_path, split, tuple(updates))
+    constants = {i: (output_path(k), export.output_constants[i]) for i, (k, name) in enumerate(leaves) if name is None}
+    told = {} if training and not split else constants
+    return Step(export, paths, leaves_of(paths, export), loss_path, split, tuple(updates), told)
 
 
 def _finish(
-    step: _Step, model: nn.Module, training: bool, regions: Regions, folded: Collection[str], scatters: int
+    step: Step, model: nn.Module, training: bool, regions: Regions, folded: Collection[str], scatters: int
 ) -> Graph:
     graph, export = step.graph, step.export
     specs, names = _parameters(model, export)
@@ -244,6 +223,7 @@ def _finish(
         outputs=outputs,
         output_spec=export.output_spec,
         output_leaves=step.leaves,
+        output_constants={index: value for index, (_, value) in step.constants.items()},
         updates={p: node.name for p, node in updates.items()},
         sums=frozenset(n.name for n in sums if n.name in live),
         structural_hash=_hash(blocks, specs),
@@ -262,39 +242,6 @@ _NO_SYNC = (
 
 
 # -- outputs ---------------------------------------------------------------------------------------------------------
-
-
-def _leaves(paths: Mapping[str, str], export: Export, lost: Mapping[int, str]) -> tuple[str | None, ...]:
-    """For each leaf of what `forward` returns, the path of the output that holds it, or held it, where it is `lost`."""
-    path_of: dict[str | None, str] = {}
-    for path, name in paths.items():
-        path_of.setdefault(name, path)
-    return tuple(lost.get(i, path_of.get(name)) for i, name in enumerate(export.output_names))
-
-
-def _without_pairs(small: _Step, large: _Step, known: Known | None) -> tuple[_Step, ...]:
-    """Two exports of a step without outputs that compare samples, that have another number of rows for each, or that
-    are as many as there are samples."""
-    steps, paths = (small, large), list(small.paths)
-    left_out = one_a_sample(small.paths, large.paths)
-    if not left_out:
-        left_out = pairs_of_samples(paths, small.graph, large.graph)
-    uneven = set() if known is None else known.uneven & set(paths)
-    if uneven and left_out | uneven >= set(paths):
-        raise CaptureError(f"the number of rows of the outputs {sorted(uneven)} is another one for each sample")
-    left_out |= uneven
-    if not left_out:
-        return steps
-    made = []
-    for step in steps:
-        leave_out(list(step.paths), step.graph, left_out)
-        drop_dead(step.graph)
-        reached = step.export.gradients_by_leaf
-        assert len(reached) in (0, len(step.leaves)), "in evaluation nothing is differentiated"
-        kept = [own for path, own in zip(step.leaves, reached) if path not in left_out]
-        export = replace(step.export, gradients=frozenset().union(*kept))
-        made.append(replace(step, export=export, paths={p: n for p, n in step.paths.items() if p not in left_out}))
-    return tuple(made)
 
 
 def _refuse_loss(model: nn.Module, batch: Mapping[str, Any], value: torch.Tensor | None) -> str:

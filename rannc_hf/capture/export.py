@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 from .ambient import no_autocast, no_foreign_kernels, plain_context, quiet_export
 from .chances import Chances
 from .errors import CaptureError
-from .opaque.left_out import LeftOut
 from .opaque.prepare import Regions
 from .state import fake_state
 from .values import Known
@@ -36,8 +35,8 @@ class Export:
     batch_inputs: Mapping[str, str]
     output_names: tuple[str | None, ...]
     """For each leaf of `output_spec`, the node that the model returned; None for what is not a tensor."""
-    left_out: tuple[bool, ...]
-    """For each leaf of `output_spec`, whether it stands for results that a module does not give (`LeftOut`)."""
+    output_constants: tuple[Any, ...]
+    """For each leaf of `output_spec`, its value if it is not a tensor."""
     output_spec: pytree.TreeSpec
     fake_mode: FakeTensorMode
     gradients: frozenset[str]
@@ -101,7 +100,7 @@ def export_step(
         constants={p: program.constants[n] for p, n in signature.inputs_to_lifted_tensor_constants.items()},
         batch_inputs={p: f for p, f in zip(placeholders, fields) if isinstance(inputs[f], torch.Tensor)},
         output_names=tuple(a.name if isinstance(a, TensorArgument) else None for a in outputs),
-        left_out=tuple(isinstance(getattr(a, "value", None), LeftOut) for a in outputs),
+        output_constants=tuple(getattr(a, "value", None) for a in outputs),
         output_spec=program.call_spec.out_spec,
         fake_mode=fake_mode,
         gradients=watch.gradients,

@@ -151,8 +151,10 @@ class Graph:
     output_leaves: tuple[str | None, ...] = ()
     """For each leaf of `output_spec`, its path in `outputs`; None for what is not a tensor or is not computed.
 
-    A path that is not in `outputs` is that of an output that compares samples with each other, which is left out.
+    A path that is not in `outputs` is that of an output that a slice of the batch cannot compute, which is left out.
     """
+    output_constants: Mapping[int, Any] = field(default_factory=dict)
+    """Leaves of `output_spec` that are not tensors, by their number; none where only the loss is computed."""
     updates: Mapping[str, str] = field(default_factory=dict)
     """Placeholder of a buffer that the step writes to, to the node that holds its new value."""
     sums: frozenset[str] = frozenset()
@@ -228,7 +230,7 @@ class Graph:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Outputs that compare samples with each other, which are not computed."""
+        """Outputs that a slice of the batch cannot compute."""
         return tuple(p for p in self.output_leaves if p is not None and p not in self.outputs)
 
     @cached_property

@@ -50,6 +50,16 @@ class GlobalBatch:
         ids = self.fields.get("input_ids")
         return ids.numel() if isinstance(ids, torch.Tensor) else 0
 
+    @property
+    def surplus(self) -> dict[tuple[str, int], int]:
+        """By how much padding made this rank's samples longer, by field and dimension, where it did."""
+        return {
+            (name, dim): common - own
+            for name, shape in self.own_shapes.items()
+            for dim, (own, common) in enumerate(zip(shape, self.fields[name].shape[1:]), start=1)
+            if own != common
+        }
+
     def first(self, rank: int) -> int:
         """Index of the first sample of `rank`."""
         return sum(self.shards[:rank])

@@ -25,16 +25,9 @@ class Lengths:
 
     def unpad(self, outputs: Mapping[str, torch.Tensor], batch: GlobalBatch, graph: Graph) -> dict[str, torch.Tensor]:
         """`outputs` without the entries that padding added."""
-        extra: dict[tuple[str, int], int] = {}
-        for name, shape in batch.own_shapes.items():
-            for dim, (own, common) in enumerate(zip(shape, batch.fields[name].shape[1:]), start=1):
-                if own != common:
-                    extra[name, dim] = common - own
-        if not extra:
-            return dict(outputs)
         result = {}
         for path, value in outputs.items():
-            for (field, dim), surplus in _groups(extra, batch).items():
+            for (field, dim), surplus in _groups(batch).items():
                 for axis, growth in self._growth(batch, graph, field, dim).get(path, {}).items():
                     value = value.narrow(axis, 0, value.shape[axis] - growth * surplus)
             result[path] = value
@@ -64,10 +57,10 @@ class Lengths:
         return self._cache[key]
 
 
-def _groups(extra: Mapping[tuple[str, int], int], batch: GlobalBatch) -> dict[tuple[str, int], int]:
+def _groups(batch: GlobalBatch) -> dict[tuple[str, int], int]:
     """One representative for fields of equal length that were padded together."""
     groups: dict[tuple[int, int], tuple[tuple[str, int], int]] = {}
-    for (field, dim), surplus in sorted(extra.items()):
+    for (field, dim), surplus in sorted(batch.surplus.items()):
         groups.setdefault((dim, batch.fields[field].shape[dim]), ((field, dim), surplus))
     return dict(groups.values())
 

@@ -137,18 +137,21 @@ class RanncModel(nn.Module):
         self._steps += 1
         with separate_random_state(runtime.graph, self.device):
             if not self.training:
-                outputs = runtime.evaluate(gathered, self._steps)
-                return own_output(runtime.graph, self._lengths.unpad(outputs, gathered, runtime.graph))
+                return self._own_output(runtime, gathered, runtime.evaluate(gathered, self._steps))
             if runtime.graph.split:
                 outputs = split_outputs(runtime, gathered, self._steps, self._driver, self._forget)
                 self.meter.ran(gathered.samples, gathered.tokens, None, steady=len(self._runtimes) == known)
-                return own_output(runtime.graph, self._lengths.unpad(outputs, gathered, runtime.graph))
+                return self._own_output(runtime, gathered, outputs)
             self._held_scale = self._gradient_scale()
             loss = runtime.train(gathered, self._steps, self._held_scale)
         self.meter.ran(gathered.samples, gathered.tokens, loss, steady=len(self._runtimes) == known)
         self._unpublished = self._steps, runtime.trained(runtime.graph.differentiated), runtime.conditional
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         return training_output(runtime.graph, _Publish.apply(anchor, loss, self, self._steps))
+
+    def _own_output(self, runtime: Runtime, batch: GlobalBatch, outputs: Mapping[str, torch.Tensor]) -> Any:
+        whole = self._lengths.unpad(outputs, batch, runtime.graph)
+        return own_output(runtime.graph, whole, padded=bool(batch.surplus))
 
     def partition(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan and place the parameters now, for batches like this one, without training on it. Collective.

@@ -84,9 +84,22 @@ def _not_returned(what: str) -> str:
 
 def _compares(path: str) -> str:
     return (
-        f"'{path}' compares all samples of a batch with each other, or is a list of them, and the model runs on parts "
-        "of it: it is not returned. Compute it from other outputs, gathered where those of all samples are needed"
+        f"'{path}' compares all samples of a batch with each other, is a list of them, or depends on their number, and "
+        "the model runs on parts of the batch: it is not returned. Compute it from other outputs, gathered where those "
+        "of all samples are needed"
     )
+
+
+def _constant(value: Any, padded: bool) -> Any:
+    if padded and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return _Missing(_NUMBER)
+    return value
+
+
+_NUMBER = (
+    "a number that may depend on the length of the samples, which were padded to that of all ranks, is not returned: "
+    "compute it in the script, or set `length_multiple: 1` and pad all ranks' batches to the same length"
+)
 
 
 def training_output(graph: Graph, loss: torch.Tensor) -> Any:
@@ -105,10 +118,16 @@ def training_output(graph: Graph, loss: torch.Tensor) -> Any:
     return loss
 
 
-def own_output(graph: Graph, outputs: Mapping[str, torch.Tensor]) -> Any:
-    """Outputs in the structure of the model; floating ones in at least fp32, as under autocast in accelerate."""
+def own_output(graph: Graph, outputs: Mapping[str, torch.Tensor], padded: bool) -> Any:
+    """Outputs in the structure of the model; floating ones in at least fp32, as under autocast in accelerate.
+
+    `padded`: whether this rank's samples were made longer than they are.
+    """
     assert graph.output_spec is not None
-    leaves: list[Any] = [outputs.get(path) if path is not None else None for path in graph.output_leaves]
+    leaves: list[Any] = [
+        outputs.get(path) if path is not None else _constant(graph.output_constants.get(index), padded)
+        for index, path in enumerate(graph.output_leaves)
+    ]
     wide = [
         v.float() if isinstance(v, torch.Tensor) and v.dtype in (torch.bfloat16, torch.float16) else v for v in leaves
     ]

@@ -13,7 +13,7 @@ from rannc_hf.capture import CaptureError, Graph, capture
 from rannc_hf.capture.asked import tell_as_plain, told_as_plain
 from rannc_hf.capture.numbers import check_numbers
 from rannc_hf.capture.opaque.tell import told
-from rannc_hf.capture.pairs import told_left_out
+from rannc_hf.capture.outputs import told_left_out
 from rannc_hf.capture.watch import Losses
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine.batch import GlobalBatch

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from rannc_hf.capture import CaptureError, capture
+from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
 from tests.parity import harness
 
@@ -131,3 +132,45 @@ def test_nothing_else_is_returned():
 
     with pytest.raises(CaptureError, match="how many outputs"):
         capture(Rows().train(), {"x": torch.randn(6, 3)}, loss="split")
+
+
+class Told(nn.Module):
+    """Returns what is no tensor, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+        self.double()
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        y = self.layers(x) * attention_mask.unsqueeze(-1)
+        told = {"name": "plain", "number": 5, "flag": True, "nothing": None, "samples": len(x)}
+        return {"loss": (y - labels.view(-1, 1, 1)).square().mean(), "y": y, **told}
+
+
+@pytest.mark.parametrize("longer", [0, 1], ids=["same lengths", "padded"])
+def test_what_is_no_tensor(longer: int):
+    """Numbers may be lengths, which are those of the padded batch."""
+    shapes = [(2, 4), (3, 4 + longer)]
+    parts = [
+        {"x": torch.ones(*s, 3).double(), "attention_mask": torch.ones(s).long(), "labels": torch.arange(s[0]) * 1.0}
+        for s in shapes
+    ]
+
+    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, Any]:
+        wrapped(**{k: v[:, :4] if v.dim() > 1 else v for k, v in parts[rank].items()})["loss"].backward()
+        wrapped.eval()
+        with torch.no_grad():
+            return wrapped(**parts[rank])
+
+    config = RanncConfig(length_multiple=1, pad={"x": 0, "attention_mask": 0})
+    for rank, found in enumerate(harness.on_ranks(Told(), 2, harness.planner((1, 1), 2), run, config)):
+        assert (found["name"], found["flag"], found["nothing"]) == ("plain", True, None)
+        assert found["y"].shape == (*shapes[rank], 3)
+        with pytest.raises(TypeError, match=r"'samples' .* depends on their number"):
+            float(found["samples"])
+        if longer and rank == 0:
+            with pytest.raises(TypeError, match="which were padded"):
+                float(found["number"])
+        else:
+            assert found["number"] == 5

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from rannc_hf.capture import CaptureError, capture
-from rannc_hf.capture.pairs import told_left_out
+from rannc_hf.capture.outputs import told_left_out
 from rannc_hf.engine.model import RanncModel
 from tests.parity.harness import EXACT, compare, on_ranks, planner, shards
 from tests.parity.harness import check as check_fused
