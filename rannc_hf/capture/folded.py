@@ -19,11 +19,12 @@ _OF_SAMPLES = ("input_ids", "labels")
 """Fields that have one entry a sample wherever they are passed."""
 
 
-def rows_of(batch: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
+def rows_of(batch: Mapping[str, Any], single: Collection[str] = ()) -> tuple[int, dict[str, int]]:
     """The number of samples, and for each field that has several rows a sample, how many.
 
     Sizes in dimension 0 are the number of samples, or 1 for what all samples share. Where they are more, the samples
-    are as many as most fields have entries, and the others have a multiple of it.
+    are as many as most fields have entries, and the others have a multiple of it. Where a field known to have one entry
+    a sample (`single`) has one, there is one sample.
 
     Raises:
         ValueError: for a batch without tensors, or where the sizes do not tell the number of samples.
@@ -31,7 +32,7 @@ def rows_of(batch: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
     sizes = {k: v.shape[0] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim() > 0}
     if not sizes:
         raise ValueError(f"the batch has no tensor with a sample dimension; its fields are {sorted(batch)}")
-    samples = _samples(sizes)
+    samples = _samples(sizes, single)
     if samples is None or any(n % samples if samples else n for n in sizes.values() if n != 1):
         raise ValueError(
             f"fields of the batch disagree on the number of samples (dimension 0): {sizes}. A field may have several "
@@ -41,9 +42,9 @@ def rows_of(batch: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
     return samples, {k: n // samples for k, n in sizes.items() if n > samples > 0}
 
 
-def _samples(sizes: Mapping[str, int]) -> int | None:
+def _samples(sizes: Mapping[str, int], single: Collection[str]) -> int | None:
     found = Counter(n for n in sizes.values() if n != 1)
-    if any(sizes.get(name) == 1 for name in _OF_SAMPLES):
+    if any(sizes.get(name) == 1 for name in (*_OF_SAMPLES, *single)):
         return 1
     if len(found) < 2:
         return max(sizes.values())

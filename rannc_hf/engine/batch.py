@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import hashlib
+import logging
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,12 @@ from rannc_hf.capture.folded import fold, rows_of
 from rannc_hf.capture.passes.masks import MASK_FIELDS
 from rannc_hf.engine.transport import Transport
 
+logger = logging.getLogger(__name__)
+_NOT_HIDDEN = (
+    "rannc: lengths are not rounded up to multiples of %d, because further padding changes what this model computes, "
+    "or that could not be found out: every other length is captured, which takes seconds, and batches of different "
+    "lengths are padded to the longest of all ranks. Let the collator pad to few lengths, the same on all ranks"
+)
 _PAD = {
     "attention_mask": 0,
     "decoder_attention_mask": 0,
@@ -65,8 +73,16 @@ class GlobalBatch:
         return sum(self.shards[:rank])
 
 
+Hides = Callable[[Mapping[str, Any], Mapping[str, float], Collection[str]], bool | None]
+"""Whether the model gives the same for a batch with longer fields (`capture.padding.hides_padding`)."""
+
+
 class Gatherer:
-    """Puts the shards of all ranks together, padding fields to a common length."""
+    """Puts the shards of all ranks together, padding fields to a common length.
+
+    Lengths are rounded up to multiples of `length_multiple`, so that few graphs serve all, where `hides` finds that
+    this changes nothing.
+    """
 
     def __init__(
         self,
@@ -76,8 +92,13 @@ class Gatherer:
         length_multiple: int,
         pad_token: int | None,
         max_length: int | None,
+        hides: Hides | None = None,
     ) -> None:
-        self.transport, self.device = transport, device
+        self.transport, self.device, self.hides = transport, device, hides
+        self._rounds: dict[tuple[str, ...], bool] = {}
+        """By fields that would be longer, whether the model gives the same for longer ones."""
+        self._shared: dict[str, bool] = {}
+        """Fields of earlier batches, and whether they had one entry for all samples."""
         self.rules: dict[str, float | None] = {**_PAD, **pad}
         self.length_multiple, self.pad_token, self.max_length = length_multiple, pad_token, max_length
 
@@ -90,7 +111,7 @@ class Gatherer:
         mine: Any = error
         if error is None:
             try:
-                mine = _describe(batch)
+                mine = _describe(batch, [name for name, shared in self._shared.items() if not shared])
             except ValueError as problem:
                 mine = str(problem)
         everyone = self.transport.all_gather_object(mine, "shapes of the batch")
@@ -100,6 +121,8 @@ class Gatherer:
         rows = _agreed_rows(everyone)
         batch = fold(batch, rows)
         shapes = self._common_shapes([d["tensors"] for d in everyone], rows)
+        shapes = self._round_lengths(shapes, batch, rows)
+        _check_shared(everyone, shapes)
         for rank, description in enumerate(everyone):
             if description["plain"] != everyone[0]["plain"]:
                 raise ValueError(
@@ -108,7 +131,8 @@ class Gatherer:
         shards = tuple(d["samples"] for d in everyone)
         fields: dict[str, Any] = {}
         batched = set()
-        for name, value in batch.items():
+        # Ranks may pass their fields in any order.
+        for name, value in sorted(batch.items()):
             if not isinstance(value, torch.Tensor):
                 fields[name] = value
                 continue
@@ -158,7 +182,7 @@ class Gatherer:
             specs = [d[name] for d in descriptions]
             if any(s[1] != specs[0][1] or len(s[0]) != len(specs[0][0]) for s in specs):
                 raise ValueError(f"field '{name}' has different dtypes or dimensions on different ranks: {specs}")
-            if _have_samples(name, specs):
+            if self._have_samples(name, specs):
                 sizes = [max(s[0][d] for s in specs) for d in range(1, len(specs[0][0]))]
                 uneven = any(s[0][1:] != specs[0][0][1:] for s in specs)
                 if uneven and name in folded:
@@ -169,19 +193,59 @@ class Gatherer:
                 if uneven:
                     self._check_can_pad(name, specs, "attention_mask" in names)
                 result[name] = tuple(sizes)
-        return self._round_lengths(result, folded)
+        return result
 
-    def _round_lengths(self, shapes: dict[str, tuple[int, ...]], folded: Collection[str]) -> dict[str, tuple[int, ...]]:
+    def _have_samples(self, name: str, specs: list[Any]) -> bool:
+        """Whether a field has one entry a sample. A rank with one sample cannot tell that from one entry for all.
+
+        Where every rank has one, it is as in earlier batches.
+        """
+        alone = all(shape[:1] in ((), (1,)) for shape, _, _ in specs)
+        if all(has for _, _, has in specs):
+            if alone:
+                return not self._shared.get(name, False)
+            self._shared[name] = False
+            return True
+        if alone:
+            self._shared[name] = True
+            return False
+        raise ValueError(
+            f"field '{name}' has one entry a sample on some ranks and not on others: its sizes are "
+            f"{[tuple(shape) for shape, _, _ in specs]}"
+        )
+
+    def _round_lengths(
+        self, shapes: dict[str, tuple[int, ...]], batch: Mapping[str, Any], folded: Collection[str]
+    ) -> dict[str, tuple[int, ...]]:
         """Round the length of the attention mask up, and that of the fields as long as it: few graphs serve all.
 
-        Only where a rule says what to pad each of these fields with.
+        Only where a rule says what to pad each of these fields with, and where this changes nothing. Collective.
         """
         length = next(iter(shapes.get("attention_mask", ())), None)
         alike = [name for name, shape in shapes.items() if shape and shape[0] == length and name not in folded]
         if length is None or any(name not in self.rules for name in alike):
             return shapes
         rounded = self._rounded(length)
+        if rounded == length or not self._hidden(batch, sorted(alike), folded):
+            return shapes
         return {n: (rounded, *shape[1:]) if n in alike else shape for n, shape in shapes.items()}
+
+    def _hidden(self, batch: Mapping[str, Any], names: list[str], folded: Collection[str]) -> bool:
+        """Whether the model gives the same where fields are longer; rank 0 says so, once for the same fields."""
+        if self.hides is None:
+            return True
+        hides, key = self.hides, tuple(names)
+        if key not in self._rounds:
+            padding = {name: self._value(name) for name in names}
+            found = self.transport.from_rank_0(
+                lambda: hides(batch, padding, folded), "whether padding changes what the model computes"
+            )
+            if found is None:
+                return False
+            self._rounds[key] = found
+            if not found and self.transport.rank == 0:
+                logger.warning(_NOT_HIDDEN, self.length_multiple)
+        return self._rounds[key]
 
     def _rounded(self, length: int) -> int:
         rounded = -(-length // self.length_multiple) * self.length_multiple
@@ -199,18 +263,6 @@ class Gatherer:
                 f"field '{name}' has different sizes on different ranks ({shapes}), and without an attention_mask "
                 "padding would change the result: pad all batches alike, or pass an attention_mask"
             )
-
-
-def _have_samples(name: str, specs: list[Any]) -> bool:
-    """Whether a field has one entry a sample. A rank with one sample cannot tell that from one entry for all."""
-    if all(has for _, _, has in specs):
-        return True
-    if all(shape[:1] in ((), (1,)) for shape, _, _ in specs):
-        return False
-    raise ValueError(
-        f"field '{name}' has one entry a sample on some ranks and not on others: its sizes are "
-        f"{[tuple(shape) for shape, _, _ in specs]}"
-    )
 
 
 def _agreed_rows(descriptions: list[dict[str, Any]]) -> dict[str, int]:
@@ -233,20 +285,42 @@ def _agreed_rows(descriptions: list[dict[str, Any]]) -> dict[str, int]:
     return rows
 
 
-def _describe(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes and dtypes of this rank's shard, folded, small enough to send to everyone."""
-    samples, rows = rows_of(batch)
+def _check_shared(descriptions: list[dict[str, Any]], batched: Collection[str]) -> None:
+    """Raise ValueError where ranks pass other values in a field that all samples share."""
+    for name, value in descriptions[0]["shared"].items():
+        for rank, other in enumerate(descriptions):
+            if name not in batched and other["shared"].get(name) != value:
+                raise ValueError(
+                    f"field '{name}' has no samples, and ranks 0 and {rank} pass other values in it: all samples of "
+                    "the global batch share it. Pass the same on all ranks, or one entry a sample"
+                )
+
+
+def _digest(value: torch.Tensor) -> str:
+    data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
+
+
+def _describe(batch: Mapping[str, Any], of_samples: Collection[str] = ()) -> dict[str, Any]:
+    """Shapes and dtypes of this rank's shard, folded, small enough to send to everyone.
+
+    `of_samples`: fields known to have entries of each sample.
+    """
+    samples, rows = rows_of(batch, of_samples)
     batch = fold(batch, rows)
     tensors = {
         k: (tuple(v.shape), str(v.dtype), v.dim() > 0 and v.shape[0] == samples)
         for k, v in batch.items()
         if isinstance(v, torch.Tensor)
     }
-    full = [k for k in MASK_FIELDS if k in tensors and bool(batch[k].all())]
+    # A mask may hold other numbers than 0 and 1: those of the segments that tokens see.
+    full = [k for k in MASK_FIELDS if k in tensors and bool((batch[k] == 1).all())]
+    shared = {k: _digest(batch[k]) for k, (shape, _, has) in tensors.items() if not has or shape[:1] == (1,)}
     return {
         "samples": samples,
         "rows": rows,
         "tensors": tensors,
         "full": full,
+        "shared": shared,
         "plain": {k: repr(v) for k, v in batch.items() if k not in tensors},
     }

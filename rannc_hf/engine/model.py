@@ -14,6 +14,7 @@ from torch import nn
 from rannc_hf.capture import Graph
 from rannc_hf.capture.ambient import autocast_off
 from rannc_hf.capture.export import bind_arguments
+from rannc_hf.capture.padding import hides_padding
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import state
 from rannc_hf.engine.batch import Gatherer, GlobalBatch
@@ -100,6 +101,7 @@ class RanncModel(nn.Module):
             config.length_multiple,
             getattr(model_config, "pad_token_id", None),
             getattr(model_config, "max_position_embeddings", None),
+            partial(hides_padding, module),
         )
         self._whole = Whole(module, self.transport, device)
         self._lengths = Lengths(module, compute_dtype)

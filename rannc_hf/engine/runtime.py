@@ -274,7 +274,8 @@ def describe_shapes(batch: GlobalBatch) -> tuple[Sequence[object], ...]:
     shapes = [
         (k, tuple(v.shape[1:]) if k in batch.batched else tuple(v.shape), str(v.dtype)) for k, v in tensors.items()
     ]
-    return (tuple(sorted(shapes)), tuple(sorted(plain.items())), tuple(sorted(batch.folded)))
+    own = (batch.batched, batch.folded)
+    return (tuple(sorted(shapes)), tuple(sorted(plain.items())), *(tuple(sorted(names)) for names in own))
 
 
 @contextlib.contextmanager
