@@ -21,7 +21,7 @@ from .asked import answers_about_tracing
 from .blocks import make_blocks
 from .errors import CaptureError
 from .experts import graph_friendly_experts, told_of_router_losses
-from .export import Export, export_step
+from .export import Export, export_step, without_defaults
 from .folded import fold, rows_of, unfolded
 from .graph import Block, Graph, ParameterSpec
 from .opaque.operation import is_opaque, region_of
@@ -328,7 +328,7 @@ def _hash(blocks: tuple[Block, ...], specs: Mapping[str, ParameterSpec]) -> str:
 
 def _arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch without Nones, and without the key-value cache, which is for generation: it could not be split."""
-    result = {name: value for name, value in batch.items() if value is not None}
+    result = without_defaults(model, batch)
     for name, value in result.items():
         if not isinstance(value, torch.Tensor) and any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value)):
             raise CaptureError(

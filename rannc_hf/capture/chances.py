@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
+import numpy
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -34,6 +38,9 @@ class Chances(TorchFunctionMode):
         self._settled: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.register_hook:
+            # No refusal of ours: the module around it can run as it is written.
+            raise RuntimeError("a hook on a tensor runs in the backward, of which a graph knows nothing")
         if func is torch.Tensor.__bool__ and args[0] in self._settled:
             return self._settled[args[0]]
         result = func(*args, **(kwargs or {}))
@@ -56,3 +63,39 @@ class Chances(TorchFunctionMode):
             outcomes = {compare(drawn, args[1]) for drawn in (_SMALLEST, _LARGEST)}
             if len(outcomes) == 1:
                 self._settled[result] = outcomes.pop()
+
+
+# -- Python's and NumPy's generators ---------------------------------------------------------------------------------
+
+DRAWS_ELSEWHERE = (
+    "it draws random numbers from Python or NumPy, which no seed of a step repeats; turn that off in the model's "
+    "config (mask_time_prob=0, ...)"
+)
+
+
+@contextlib.contextmanager
+def extreme_draws(largest: bool) -> Iterator[Callable[[], bool]]:
+    """Inside, uniform draws from Python and NumPy give the smallest number, or the `largest`.
+
+    Of two exports, one with each, where a draw decides the graphs differ, and it is refused; where it does not, as
+    with a layerdrop of 0, nothing is drawn. Yields a function that says whether anything else was drawn. Afterwards
+    the generators are as they were.
+    """
+    drawn = _LARGEST if largest else _SMALLEST
+    python, other = random.getstate(), numpy.random.get_state(legacy=False)
+
+    def uniform(low: Any = 0.0, high: Any = 1.0, size: Any = None) -> Any:
+        return low + (high - low) * (drawn if size is None else numpy.full(size, drawn))
+
+    def moved() -> bool:
+        return random.getstate() != python or str(numpy.random.get_state(legacy=False)) != str(other)
+
+    numpys: dict[str, Any] = {"uniform": uniform, "rand": lambda *size: uniform(size=size or None)}
+    numpys |= dict.fromkeys(("random", "random_sample"), lambda size=None: uniform(size=size))
+    pythons: dict[str, Any] = {"uniform": uniform, "random": lambda: drawn}
+    try:
+        with mock.patch.multiple(numpy.random, **numpys), mock.patch.multiple(random, **pythons):
+            yield moved
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(other)

@@ -16,9 +16,10 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from .ambient import no_autocast, no_foreign_kernels, plain_context, quiet_export
-from .chances import Chances
-from .errors import CaptureError
+from .chances import DRAWS_ELSEWHERE, Chances, extreme_draws
+from .errors import CaptureError, NotSplittable
 from .opaque.prepare import Regions
+from .passes.per_sample import SAMPLES
 from .state import fake_state
 from .values import Known
 from .watch import Losses, Watch
@@ -80,12 +81,15 @@ def export_step(
             with fake_state(model, fake_mode, dtype), no_autocast(), watch, Chances(), answered:
                 if regions is not None:
                     regions.install(model, samples)
-                with quiet_export(), no_foreign_kernels():
+                with quiet_export(), no_foreign_kernels(), extreme_draws(largest=samples != SAMPLES[0]) as moved:
                     program = torch.export.export(model, (), kwargs=inputs, strict=False)
+                    drawn = moved()
         except Exception as error:
             # What a module refuses to do by a message of ours is refused wherever it runs, unless that names a module.
             module = error.module if isinstance(error, CaptureError) else watch.failed
             raise CaptureError(watch.explain(error), module) from error
+    if drawn:
+        raise NotSplittable(f"the forward of {type(model).__name__} cannot be captured: {DRAWS_ELSEWHERE}")
     signature = program.graph_signature
     # Fields that are not tensors are constants of the step: export keeps an unused placeholder for them.
     fields = [name for name, value in inputs.items() for _ in pytree.tree_leaves(value)]
@@ -109,13 +113,13 @@ def export_step(
 
 
 def bind_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ``model(*args, **kwargs)`` by name, Nones dropped.
+    """The arguments of ``model(*args, **kwargs)`` by name, without Nones that are the default anyway.
 
     Raises:
         ValueError: when positional arguments have no name in the signature of `forward`.
     """
     if not args:
-        return {k: v for k, v in kwargs.items() if v is not None}
+        return without_defaults(model, kwargs)
     signature = inspect.signature(model.forward)
     bound = signature.bind(*args, **kwargs)
     named: dict[str, Any] = {}
@@ -126,7 +130,17 @@ def bind_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
                 f"{type(model).__name__}.forward takes *{name}: pass the batch as keyword arguments, model(**batch)"
             )
         named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
-    return {k: v for k, v in named.items() if v is not None}
+    return without_defaults(model, named)
+
+
+def without_defaults(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without Nones, but for those where None is not the default."""
+    parameters = inspect.signature(model.forward).parameters
+    return {
+        name: value
+        for name, value in arguments.items()
+        if value is not None or (name in parameters and parameters[name].default is not None)
+    }
 
 
 def _with_samples(value: torch.Tensor, samples: int, total: int) -> tuple[int, ...]:

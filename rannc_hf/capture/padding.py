@@ -50,9 +50,7 @@ def hides_padding(
     if count * samples * (_LENGTH + _MORE) > _LIMIT:
         return False
     try:
-        inputs = {
-            name: repeated(name, value, samples, total, _CPU) for name, value in batch.items() if value is not None
-        }
+        inputs = {name: repeated(name, value, samples, total, _CPU) for name, value in batch.items()}
         short = inputs | {name: inputs[name][:, :_LENGTH] for name in padding}
         long = short | {name: _longer(short[name], value) for name, value in padding.items()}
         with preserved(model), unfolded(model, folded):
