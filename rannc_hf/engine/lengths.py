@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from rannc_hf.engine.batch import GlobalBatch
 class Lengths:
     """Knows which dimensions of which outputs grow with which dimension of the batch.
 
-    It is found by capturing the step once more with another length, once for each set of fields.
+    It is found by capturing the step once more with another length, once for each set of arguments.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
@@ -25,44 +25,47 @@ class Lengths:
 
     def unpad(self, outputs: Mapping[str, torch.Tensor], batch: GlobalBatch, graph: Graph) -> dict[str, torch.Tensor]:
         """`outputs` without the entries that padding added."""
-        result = {}
-        for path, value in outputs.items():
-            for (field, dim), surplus in _groups(batch).items():
-                for axis, growth in self._growth(batch, graph, field, dim).get(path, {}).items():
-                    value = value.narrow(axis, 0, value.shape[axis] - growth * surplus)
-            result[path] = value
+        result = dict(outputs)
+        for (dim, own, common), fields in _together(batch).items():
+            growth = self._growth(batch, graph, fields, dim)
+            for path, value in result.items():
+                for axis, factor in growth.get(path, {}).items():
+                    value = value.narrow(axis, 0, value.shape[axis] - factor * (common - own))
+                result[path] = value
         return result
 
-    def _growth(self, batch: GlobalBatch, graph: Graph, field: str, dim: int) -> dict[str, dict[int, int]]:
-        """For each output, its dimensions that grow with dimension `dim` of `field`, and by how much."""
-        key = (graph.training, tuple(sorted(batch.fields)), field, dim)
+    def _growth(self, batch: GlobalBatch, graph: Graph, fields: Collection[str], dim: int) -> dict[str, dict[int, int]]:
+        """For each output, its dimensions that grow with dimension `dim` of `fields`, and by how much."""
+        key = (graph.training, *_kind(batch, graph), tuple(sorted(fields)), dim)
         if key not in self._cache:
-            length = batch.fields[field].shape[dim]
+            length = next(batch.fields[name].shape[dim] for name in fields)
             shorter = length - max(1, length // 2) if length > 1 else 2
-            padded = batch.batched - batch.folded
-            alike = [f for f in padded if batch.fields[f].dim() > dim and batch.fields[f].shape[dim] == length]
-            fields = dict(batch.fields)
-            for name in alike:
-                # Real values: the model may read them.
-                fields[name] = torch.cat([fields[name]] * 2, dim).narrow(dim, 0, shorter)
+            # Real values: the model may read them.
+            made = {name: torch.cat([batch.fields[name]] * 2, dim).narrow(dim, 0, shorter) for name in fields}
             losses: Losses = "split" if graph.split else "fused"
+            changed = {**batch.fields, **made}
             other = capture(
-                self._model, fields, dtype=self._dtype, training=graph.training, loss=losses, folded=batch.folded
+                self._model, changed, dtype=self._dtype, training=graph.training, loss=losses, folded=batch.folded
             )
-            self._cache[key] = {
-                path: _differences(graph, other, path, length - shorter)
-                for path in graph.outputs
-                if path in other.outputs
-            }
+            shared = graph.outputs.keys() & other.outputs.keys()
+            self._cache[key] = {path: _differences(graph, other, path, length - shorter) for path in shared}
         return self._cache[key]
 
 
-def _groups(batch: GlobalBatch) -> dict[tuple[str, int], int]:
-    """One representative for fields of equal length that were padded together."""
-    groups: dict[tuple[int, int], tuple[tuple[str, int], int]] = {}
-    for (field, dim), surplus in sorted(batch.surplus.items()):
-        groups.setdefault((dim, batch.fields[field].shape[dim]), ((field, dim), surplus))
-    return dict(groups.values())
+def _together(batch: GlobalBatch) -> dict[tuple[int, int, int], list[str]]:
+    """Fields that were as long in a dimension, and padded as far: (dimension, length, padded length) to their names."""
+    found: dict[tuple[int, int, int], list[str]] = {}
+    for (name, dim), surplus in batch.surplus.items():
+        common = batch.fields[name].shape[dim]
+        found.setdefault((dim, common - surplus, common), []).append(name)
+    return found
+
+
+def _kind(batch: GlobalBatch, graph: Graph) -> tuple[object, ...]:
+    """What decides which outputs there are, and how they grow: not lengths, but arguments, and values read."""
+    plain = {name: repr(value) for name, value in batch.fields.items() if not isinstance(value, torch.Tensor)}
+    read = None if graph.guards is None else repr(graph.guards.values)
+    return tuple(sorted(batch.fields)), tuple(sorted(plain.items())), tuple(graph.outputs), read
 
 
 def _differences(graph: Graph, other: Graph, path: str, steps: int) -> dict[int, int]:

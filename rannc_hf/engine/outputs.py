@@ -90,6 +90,16 @@ def _compares(path: str) -> str:
     )
 
 
+def _output(graph: Graph, outputs: Mapping[str, torch.Tensor], path: str) -> Any:
+    if path not in graph.outputs:
+        return _Missing(_compares(path))
+    # What no stage computes: a parameter, or a constant.
+    return outputs[path] if path in outputs else _Missing(_NOT_COMPUTED.format(path))
+
+
+_NOT_COMPUTED = "'{}' is not computed from the batch, and not returned: read it from the model under model.whole()"
+
+
 def _constant(value: Any, padded: bool) -> Any:
     if padded and isinstance(value, (int, float)) and not isinstance(value, bool):
         return _Missing(_NUMBER)
@@ -124,15 +134,11 @@ def own_output(graph: Graph, outputs: Mapping[str, torch.Tensor], padded: bool) 
     `padded`: whether this rank's samples were made longer than they are.
     """
     assert graph.output_spec is not None
-    leaves: list[Any] = [
-        outputs.get(path) if path is not None else _constant(graph.output_constants.get(index), padded)
+    leaves = [
+        _constant(graph.output_constants.get(index), padded) if path is None else _output(graph, outputs, path)
         for index, path in enumerate(graph.output_leaves)
     ]
     wide = [
         v.float() if isinstance(v, torch.Tensor) and v.dtype in (torch.bfloat16, torch.float16) else v for v in leaves
-    ]
-    wide = [
-        _Missing(_compares(path)) if path is not None and path not in graph.outputs else v
-        for path, v in zip(graph.output_leaves, wide)
     ]
     return pytree.tree_unflatten(wide, graph.output_spec)
