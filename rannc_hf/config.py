@@ -114,7 +114,7 @@ class RanncConfig:
     """
 
     length_multiple: int = 32
-    """Lengths of padded batches are rounded up to a multiple of this; 1 turns that off."""
+    """Lengths of padded batches are rounded up to a multiple of this, where it changes nothing; 1 turns that off."""
 
     deferred_init: bool = False
     """Whether the Transformers models that a script builds or loads get memory only where their parameters are owned.

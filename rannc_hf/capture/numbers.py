@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 LIMIT = 1e11
 """Multiplications of a forward up to which a graph is checked: a few seconds on a core."""
+_QUICK = 1e9
+"""Up to which it is checked with all samples of the batch."""
 _GRADIENTS_LIMIT = LIMIT / 4
 """Up to which its gradients are checked too, which take three times as long."""
 _TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-4}
@@ -68,8 +70,10 @@ def check_numbers(
         CaptureError: where the results differ.
     """
     total, _ = rows_of(batch)
-    # What the batch said holds for all of its samples.
-    samples = SAMPLES[0] if graph.guards is None else total
+    # What the batch said holds for all of its samples. Where it takes no time, all show what a number of them decides.
+    samples = total if graph.guards is not None else max(total, SAMPLES[0])
+    if graph.guards is None and _work(graph, samples) > _QUICK:
+        samples = SAMPLES[0]
     work = _work(graph, samples)
     if not _comparable(model, dtype) or work > LIMIT or _draws(graph):
         return False
