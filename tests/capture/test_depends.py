@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,9 @@ CASES: dict[str, tuple[Code, int, int]] = {
     "length": (lambda a, b: b[: a.sum().long()], A | B, A),
     "constant": (lambda a, b: torch.tensor([a[0, 0], 1.0]), A, A),
     "size": (lambda a, b: (a.size(), len(b), a.is_floating_point(), a.device, next(iter(b)).dim()), 0, 0),
+    "storage": (lambda a, b: a.untyped_storage().tolist(), 0, A),
+    "sizes": (lambda a, b: torch.zeros((a[0, 0].long(), 2)), A, A),
+    "copied": (lambda a, b: copy.deepcopy(a), A, 0),
     "mapped": (lambda a, b: torch.vmap(lambda x, y: x * y)(a, b), A | B, 0),
 }  # fmt: skip
 

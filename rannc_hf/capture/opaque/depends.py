@@ -30,6 +30,7 @@ _SIZED_BY = {
     "nonzero": 0, "_unique": 0, "_unique2": 0, "unique_dim": 0, "unique_consecutive": 0, "bincount": 0, "one_hot": 0,
     "masked_select": 1, "repeat_interleave": 0, "_pack_padded_sequence": 1, "_pad_packed_sequence": 1,
     "_local_scalar_dense": 0, "item": 0, "is_nonzero": 0, "coalesce": 0, "_coalesce": 0,
+    "to_sparse": 0, "_to_sparse": 0,
 }  # fmt: skip
 """Operations whose results' sizes depend on values, or that give them to the host, and which argument's these are."""
 _READS_ALL = frozenset(("equal", "tensor_split", "tensor", "as_tensor", "asarray", "scalar_tensor", "new_tensor"))
@@ -42,9 +43,8 @@ _APART = frozenset((
 _ASKS_NO_VALUES = frozenset((
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "type",
     "get_device", "dim_order", "result_type", "can_cast", "promote_types", "names", "has_names", "register_hook",
-    "register_post_accumulate_grad_hook", "retain_grad", "untyped_storage", "storage", "storage_type",
-    "typed_storage", "broadcast_shapes", "__len__", "__hash__", "__iter__", "__get__", "__set__",
-    "__dlpack_device__", "__dir__", "__delitem__",
+    "register_post_accumulate_grad_hook", "retain_grad", "broadcast_shapes", "__len__", "__hash__", "__iter__",
+    "__get__", "__set__", "__dlpack_device__", "__dir__", "__delitem__",
 ))  # fmt: skip
 """Functions that give no tensors, and no values either."""
 
