@@ -296,7 +296,8 @@ class Known(TorchFunctionMode):
         if name == "__setitem__" and is_same(*args):
             return False, None
         each, alike = self._shares(mask)
-        if not alike and name == "__getitem__" and mask.dtype == torch.bool:
+        # No rows at all have no place for samples in their shape.
+        if (not alike or each == 0) and name == "__getitem__" and mask.dtype == torch.bool:
             with self:
                 return True, self._rows.pick(table, mask)
         if not alike:

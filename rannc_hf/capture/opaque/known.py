@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,7 +96,7 @@ def in_parts(key: str, reason: str, module: nn.Module, calls: Calls, total: int)
         if a.takes:
             written = frozenset(i for i, n in enumerate(given) if n in small.written)
             sources, made = _handed(small, index + 1)
-            part = Part(tuple(stubs), a.path, a.takes, (None,) * len(given), written, sources, made)
+            part = Part(tuple(stubs), a.path, a.takes, (None,) * len(given), frozenset(), written, sources, made)
             region = _region(f"{key}.{index}", calls, module, inputs, names, reason, part, draws=b.draws)
             code, needs = _part(region, what, (a, b), tensors, given, calls[1].state, total)
         steps.append(Step(a.path, arguments, a.sources, results, a.first_new, code, needs))
@@ -104,7 +104,7 @@ def in_parts(key: str, reason: str, module: nn.Module, calls: Calls, total: int)
             stubs.append(Stub(a.path, template(a.result, b.result, f"'{a.path}' in {what} gives")))
             given += results
     written = frozenset(i for i, n in enumerate(given) if n in small.written)
-    part = Part(tuple(stubs), None, (), (None,) * len(given), written, *_handed(small, len(small.events)))
+    part = Part(tuple(stubs), None, (), (None,) * len(given), frozenset(), written, *_handed(small, len(small.events)))
     region = _region(key, calls, module, inputs, names, reason, part)
     _check_calls(region, tensors, given, calls[1].state, what)
     return Forward(steps, _shapes({n: tensors_in(call.inputs) for n, call in zip(SAMPLES, calls)}))
@@ -200,9 +200,6 @@ def _part(
     values = {n: [t[i] for i in given] for n, t in zip(SAMPLES, tensors)}
     specs = [_spec(a, b, f"{what} is given") for a, b in zip(*values.values(), strict=True)]
     unused = _unused(region, [*values[SAMPLES[1]], *state], specs)
-    if len(unused) == len(values[SAMPLES[1]]) + len(state):
-        # A device and a place in the graph are needed all the same.
-        unused = unused - {0}
     kept = [i for i in range(len(given)) if i not in unused]
     region = _without(region, specs, unused)
     state = [t for i, t in enumerate(state, len(given)) if i not in unused]
@@ -216,16 +213,38 @@ def _without(region: Region, specs: Sequence[ValueSpec], unused: Collection[int]
     assert part is not None
     left_out = tuple(spec if i in unused else None for i, spec in enumerate(specs))
     names = tuple(name for i, name in enumerate(region.state, len(specs)) if i not in unused)
-    return replace(region, part=replace(part, left_out=left_out), state=names)
+    apart = frozenset(region.state) - frozenset(names)
+    return replace(region, part=replace(part, left_out=left_out, state_left_out=apart), state=names)
 
 
 def _unused(region: Region, values: Sequence[torch.Tensor], specs: Sequence[ValueSpec]) -> set[int]:
-    """The values that the results do not depend on: no gradient reaches them, and zeros give the same results."""
+    """The values that neither the results depend on, nor what the code does: whatever they are, these are the same."""
+    state = [ValueSpec(tuple(v.shape), v.dtype, None, 0, False) for v in values[len(specs) :]]
+    both, samples = [*specs, *state], SAMPLES[1]
+    used = _reached(region, values)
+    trials = [(list(trial), samples, made_up) for trial, made_up in [(values, False), *stressed(values, both)]]
+    # Code that does something else for all samples together may use others.
+    trials += [(_slice(trial, both, i, i + 1), 1, made_up) for trial, _, made_up in trials for i in range(2)]
+    for trial, count, made_up in trials:
+        used |= _used(region, trial, count, made_up)
+    # A device and a place in the graph are needed all the same.
+    used = used or {0}
+    unused = set(range(len(values))) - used
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]), Guarded():
+            _without(region, specs, unused).run([v for i, v in enumerate(values) if i in used], samples)
+    except Exception:
+        # It runs over zeros in their places, and there are operations that do not take these.
+        return set()
+    return unused
+
+
+def _reached(region: Region, values: Sequence[torch.Tensor]) -> set[int]:
+    """The values that a gradient reaches: also by functions of other libraries, whose insides nothing follows."""
     leaves = [v.detach().clone().requires_grad_(v.is_floating_point()) for v in values]
-    samples = SAMPLES[1]
     try:
         with torch.enable_grad():
-            results = [r for r in region.run(leaves, samples) if r.requires_grad]
+            results = [r for r in region.run(leaves, SAMPLES[1]) if r.requires_grad]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         seeds = [torch.ones_like(r) for r in results]
         found = torch.autograd.grad(results, wanted, seeds, allow_unused=True) if results and wanted else ()
@@ -234,53 +253,21 @@ def _unused(region: Region, values: Sequence[torch.Tensor], specs: Sequence[Valu
     except Exception as error:
         raise CaptureError(f"the code of '{region.path}' does not run by itself: {error}", region.path) from error
     reached = {id(leaf) for leaf, gradient in zip(wanted, found) if gradient is not None}
-    state = [ValueSpec(tuple(v.shape), v.dtype, None, 0, False) for v in values[len(specs) :]]
-    both = [*specs, *state]
-    trials = [(list(trial), samples, made_up) for trial, made_up in [(values, False), *stressed(values, both)]]
-    # What is decided for all samples together may only show where there is one.
-    trials += [(_slice(trial, both, i, i + 1), 1, made_up) for trial, _, made_up in trials for i in range(2)]
-    expected = [_results(region, *trial) for trial in trials]
-
-    def same(left: Collection[int]) -> bool:
-        smaller = _without(region, specs, left)
-        zeros = any(not values[i].is_floating_point() for i in left)
-        for (trial, count, made_up), wanted in zip(trials, expected):
-            if wanted is None:
-                continue
-            made = _results(smaller, [v for i, v in enumerate(trial) if i not in left], count, made_up or zeros)
-            if made is None or not all(_equal(a, b) for a, b in zip(made, wanted, strict=True)):
-                return False
-        return True
-
-    candidates = {i for i, leaf in enumerate(leaves) if id(leaf) not in reached}
-    if len(candidates) == len(values):
-        candidates.discard(0)
-    unused = _dispensable(sorted(candidates), same)
-    return unused if unused == candidates or same(unused) else set()
+    return {i for i, leaf in enumerate(leaves) if id(leaf) in reached}
 
 
-def _dispensable(candidates: Sequence[int], same: Callable[[Collection[int]], bool]) -> set[int]:
-    """Those of `candidates` without which all is the `same`, found by halves: few are needed, where any are."""
-    if same(candidates):
-        return set(candidates)
-    half = len(candidates) // 2
-    if not half:
-        return set()
-    return _dispensable(candidates[:half], same) | _dispensable(candidates[half:], same)
+def _used(region: Region, values: Sequence[torch.Tensor], samples: int, made_up: bool) -> set[int]:
+    """Which of the values the region uses for these; none where it does not take them, which says nothing.
 
-
-def _results(region: Region, values: Sequence[torch.Tensor], samples: int, made_up: bool) -> list[torch.Tensor] | None:
+    It takes those of the batch: it has run on them (`_reached`).
+    """
     guard = Guarded() if made_up else contextlib.nullcontext()
     try:
         with torch.no_grad(), torch.random.fork_rng([]), guard:
-            torch.manual_seed(0)
-            return region.run(values, samples)
+            results, read = region.depends(values, samples)
     except Exception:
-        return None
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-6, atol=0, equal_nan=True)
+        return set()
+    return set().union(read, *results)
 
 
 def _known(

@@ -130,7 +130,8 @@ class Recorder:
             if tensor._version != version:
                 self._parts.written.add(i)
             else:
-                numbers.setdefault(id(tensor), i)
+                # The last one: a call may return what it was given as it is (dropout in evaluation).
+                numbers[id(tensor)] = i
         sources = []
         for tensor in tensors_in(arguments):
             if id(tensor) not in numbers:

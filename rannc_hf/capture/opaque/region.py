@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import CaptureError
 from ..graph import ValueSpec
 from ..state import lent_state, tensor_of
+from .depends import LEFT_OUT, Labels
 from .left_out import Path, without
 from .template import Template, tensors_in
 
@@ -46,6 +47,8 @@ class Part:
     """Which tensors among these are the results."""
     left_out: tuple[ValueSpec | None, ...]
     """For each tensor of the inputs and of the stubs' results: None, or its shape where nothing depends on it."""
+    state_left_out: frozenset[str]
+    """Names of the parameters and buffers that nothing depends on."""
     written: frozenset[int]
     """Those that the forward writes to."""
     sources: tuple[tuple[int, ...], ...]
@@ -107,6 +110,8 @@ class Region:
     differentiable: tuple[bool, ...] = ()
     """For each result whether it has a gradient."""
     kinds: tuple[Kind, ...] = ()
+    empty: frozenset[int] = frozenset()
+    """Results that were 0 whatever was tried: nothing shows what they would be over the samples."""
     alike: frozenset[str] = frozenset()
     """Fields of the batch in which all samples must be alike: only then was it found not to mix samples."""
     flops: float = 0.0
@@ -127,9 +132,46 @@ class Region:
         return f"module '{self.path}' ({own})" if self.path else f"the forward of {own}"
 
     def run(self, values: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor]:
-        """The results for `values`, which hold `samples` samples."""
+        """The results for `values`, which hold `samples` samples.
+
+        Raises:
+            UsesLeftOutError: where they depend on what was left out, which no batch at capture used.
+        """
+        labels = self._labels(values)
+        if self.part is None:
+            return self._run(values, samples, labels)
+        results = self._run(values, samples, labels, labels.followed())
+        labels.check(labels.of(results))
+        return results
+
+    def depends(self, values: Sequence[torch.Tensor], samples: int) -> tuple[list[set[int]], set[int]]:
+        """For each result which of `values` it depends on, and those that the code reads, and decides by."""
+        labels = self._labels(values)
+        for index, value in enumerate(values):
+            labels.add(value, LEFT_OUT << (index + 1))
+        results = self._run(values, samples, labels, labels.followed())
+        found = [labels.of([result]) for result in results]
+        for used in found:
+            labels.check(used)
+        *made, read = ({i for i in range(len(values)) if used >> (i + 1) & 1} for used in (*found, labels.read))
+        return made, read
+
+    def _labels(self, values: Sequence[torch.Tensor]) -> Labels:
+        refusal = (
+            f"{self.name}, which runs as it is, uses an input, a parameter or a buffer for this batch that it did not "
+            "use at capture, so that it would be computed wrongly: begin with a batch that uses all of it"
+        )
+        return Labels(refusal, on_meta=values[0].is_meta)
+
+    def _run(
+        self,
+        values: Sequence[torch.Tensor],
+        samples: int,
+        labels: Labels,
+        followed: contextlib.AbstractContextManager[None] | None = None,
+    ) -> list[torch.Tensor]:
         device, part = values[0].device, self.part
-        tensors = values if part is None else self._all(part, values, samples)
+        tensors = values if part is None else self._all(part, values, samples, labels)
         start = self.inputs.tensors
         args, kwargs = self.inputs.fill(tensors[:start], samples, device)
         given: list[tuple[str, Any]] = []
@@ -138,12 +180,17 @@ class Region:
             given.append((stub.path, stub.result.fill(tensors[start:stop], samples, device)))
             start = stop
         state = {id(tensor_of(self.module, name)): v for name, v in zip(self.state, tensors[start:], strict=True)}
+        for name in part.state_left_out if part is not None else ():
+            own = tensor_of(self.module, name)
+            state[id(own)] = _stand_in(own.shape, own.dtype, device, labels)
         stubs = [path for path, _ in given] + ([part.until] if part is not None and part.until is not None else [])
         lent = lent_state(self.module, lambda own, module, name: state.get(id(own), own), stubs)
         handed = _Handed(part, tensors_in((args, kwargs))) if part is not None else None
         with self.lock, lent, _stubbed(self.module, given, stubs, part, handed) as left:
             try:
-                outputs = without(self.module(*args, **kwargs), self.left_out, self.name)
+                with followed or contextlib.nullcontext():
+                    outputs = self.module(*args, **kwargs)
+                outputs = without(outputs, self.left_out, self.name)
                 results = tensors_in(outputs)
             except _Stopped as stopped:
                 results = tensors_in(stopped.arguments)
@@ -155,16 +202,20 @@ class Region:
                     handed.arguments("the end of the forward", outputs)
         return results if part is None else [results[i] for i in part.takes]
 
-    def _all(self, part: Part, values: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor]:
+    def _all(self, part: Part, values: Sequence[torch.Tensor], samples: int, labels: Labels) -> list[torch.Tensor]:
         """`values`, with zeros in the places of those that were left out."""
         left = iter(values)
         made = []
         for index, spec in enumerate(part.left_out):
             if spec is not None:
-                value = torch.zeros((), dtype=spec.dtype, device=values[0].device).expand(spec.at(samples))
+                value = _stand_in(spec.at(samples), spec.dtype, values[0].device, labels)
             else:
                 value = next(left)
-            made.append(value.clone() if index in part.written else value)
+            if index in part.written:
+                known = labels.of([value])
+                value = value.clone()
+                labels.add(value, known)
+            made.append(value)
         return [*made, *left]
 
     def function(self, *arguments: Any) -> list[torch.Tensor]:
@@ -186,6 +237,13 @@ class Region:
             )
         if watched:
             self._check_unused(results, watched)
+        for index, value in enumerate(results):
+            lost = training and value.requires_grad and not self.differentiable[index]
+            if lost or (index in self.empty and bool(value.any())):
+                raise RuntimeError(
+                    f"{self.name}, which runs as it is, gives a number for this batch that depends on what did not "
+                    "count at capture, so that it, or its gradient, would be wrong: begin with a batch in which it does"
+                )
         return results
 
     def _watched(self, values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -213,6 +271,13 @@ class Region:
                 if source is not None and source not in seen:
                     seen.add(source)
                     stack.append(source)
+
+
+def _stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device, labels: Labels) -> torch.Tensor:
+    """Zeros without memory. Code may run over them, as it runs from its beginning, but not use what comes of it."""
+    value = torch.zeros((), dtype=dtype, device=device).expand(*shape)
+    labels.add(value, LEFT_OUT)
+    return value
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ _DROPOUTS = {
 }  # fmt: skip
 
 
+_NUMBERS: tuple[Kind, ...] = ("shared", "sum", "mean")
 _WORDS = {"shared": "same", "sum": "sum of those of parts of them", "mean": "mean of those of parts of them"}
 
 
@@ -66,26 +67,30 @@ def verified(
     samples = SAMPLES[1]
     values, tolerance = _precise(region, _distinct(values, inputs, total), samples)
     check = _Check(region, values, inputs, results, tolerance, total)
-    made = check.run(samples)
+    kinds = check.kinds(samples)
 
-    def confirm(fixed: Collection[int]) -> None:
+    def confirm(fixed: Collection[int]) -> list[set[Kind]]:
+        narrowed = kinds
         for others, made_up in stressed(values, inputs, fixed):
             with Guarded() if made_up else contextlib.nullcontext():
-                _Check(region, others, inputs, results, tolerance, total).confirm(made.kinds, samples)
+                narrowed = _Check(region, others, inputs, results, tolerance, total).confirm(narrowed, samples)
         for others in shifted(values, inputs, fixed):
             with Guarded():
-                _Check(region, others, inputs, results, tolerance, total).confirm(made.kinds, samples, complains=True)
+                other = _Check(region, others, inputs, results, tolerance, total)
+                narrowed = other.confirm(narrowed, samples, complains=True)
+        return narrowed
 
+    needed = frozenset[str]()
     try:
-        confirm(())
+        narrowed = confirm(())
     except NotSplittable:
         raise
     except CaptureError:
         if not alike:
             raise
-        confirm(alike)
-        made = replace(made, alike=frozenset(alike.values()))
-    return made
+        narrowed, needed = confirm(alike), frozenset(alike.values())
+    decided, empty = check.decided(narrowed, samples)
+    return replace(check.run(decided, samples), alike=needed, empty=empty)
 
 
 class _Check:
@@ -103,13 +108,9 @@ class _Check:
         self.width = max((s.dtype.itemsize for s in inputs if s.dtype.is_floating_point), default=4)
         """Bytes of a number in training."""
 
-    def run(self, samples: int) -> Region:
+    def run(self, kinds: tuple[Kind, ...], samples: int) -> Region:
         bounds = [(i, i + 1) for i in range(samples)]
         uneven = _uneven(samples)
-        forward = self.parts(uneven)
-        self.parts(bounds)
-        whole = _forward(self.region, self.values, samples)
-        kinds = tuple(self.kind(i, spec, whole[i], forward, uneven) for i, spec in enumerate(self.results))
         if self.total < SAMPLES[0] and not {"sum", "mean"}.isdisjoint(kinds):
             raise self.refuse(
                 f"adds up over samples, which {self.total} samples do not show: begin with a larger batch"
@@ -157,8 +158,49 @@ class _Check:
             return 0.0, 0.0
         return counter.get_total_flops() / samples, sum(kept.values()) / samples
 
-    def confirm(self, kinds: Sequence[Kind], samples: int, complains: bool = False) -> None:
-        """Check that the results are of these kinds for these values too; those that it does not take say nothing.
+    def kinds(self, samples: int) -> list[set[Kind]]:
+        """What each result may be over the samples."""
+        self.parts([(i, i + 1) for i in range(samples)])
+        whole, parts = _forward(self.region, self.values, samples), self.parts(_uneven(samples))
+        found = [self.possible(spec, whole[i], [p[i] for p in parts]) for i, spec in enumerate(self.results)]
+        if not all(found):
+            raise self.refuse("gives a number for all samples together that is neither a sum nor a mean over them")
+        return found
+
+    def possible(self, spec: ValueSpec, whole: torch.Tensor, parts: Sequence[torch.Tensor]) -> set[Kind]:
+        """What a result may be over the samples, given that for all of them and those for parts."""
+        if spec.batch_dim is not None:
+            return {"samples"}
+        bounds = _uneven(SAMPLES[1])
+        found: set[Kind] = {kind for kind in _NUMBERS if self.is_kind(kind, whole, parts, bounds)}
+        if not whole.is_floating_point() and found and not whole.any():
+            # It may be a count of nothing.
+            found.add("sum")
+        return found
+
+    def decided(self, kinds: Sequence[set[Kind]], samples: int) -> tuple[tuple[Kind, ...], frozenset[int]]:
+        """What each result is, where all that was tried leaves only one, or nothing that a batch has can change it.
+
+        And those that are 0, and made of nothing, by code that may have decided so by what it read.
+        """
+        if all(len(each) == 1 for each in kinds):
+            return tuple(kind for each in kinds for kind in each), frozenset()
+        with torch.no_grad(), torch.random.fork_rng([]), NoDropout():
+            used, read = self.region.depends(self.values, samples)
+        varied = {i for i, spec in enumerate(self.inputs) if spec.batch_dim is not None}
+        if any(len(each) > 1 and not own.isdisjoint(varied) for each, own in zip(kinds, used)):
+            raise self.refuse(
+                "gives a number for all samples together of which it cannot be told whether it is a sum or a mean "
+                "over them, or the same for all: for every part of this batch it is the same, such as 0. Begin "
+                "with a batch for which it is not"
+            )
+        whole = [] if read.isdisjoint(varied) else _forward(self.region, self.values, samples)
+        empty = {i for i, value in enumerate(whole) if len(kinds[i]) > 1 and not value.dim() and not value.any()}
+        made = tuple[Kind, ...]("shared" if len(each) > 1 else next(iter(each)) for each in kinds)
+        return made, frozenset(empty)
+
+    def confirm(self, kinds: Sequence[set[Kind]], samples: int, complains: bool = False) -> list[set[Kind]]:
+        """What is left of `kinds` for these values too; those that it does not take say nothing.
 
         `complains`: it may fail on parts of the samples, as it would in training.
         """
@@ -167,21 +209,23 @@ class _Check:
         except UncheckedError as error:
             raise self.refuse(UNCHECKED.format(error)) from error
         except Exception:
-            return
-        uneven = _uneven(samples)
+            return list(kinds)
         try:
-            parts = self.parts(uneven)
+            parts = self.parts(_uneven(samples))
         except CaptureError:
             if complains:
-                return
+                return list(kinds)
             raise
-        for index, (spec, kind) in enumerate(zip(self.results, kinds)):
+        left = []
+        for index, (spec, known) in enumerate(zip(self.results, kinds)):
             found = [part[index] for part in parts]
-            if kind == "samples":
-                assert spec.batch_dim is not None
+            if spec.batch_dim is not None:
                 self.check_samples(whole[index], torch.cat(found, spec.batch_dim))
-            elif not self.is_kind(kind, whole[index], found, uneven):
-                raise self.refuse(f"gives a number for all samples together that is not always the {_WORDS[kind]}")
+            left.append(known & self.possible(spec, whole[index], found))
+            if not left[-1]:
+                words = " or the ".join(_WORDS[kind] for kind in _NUMBERS if kind in known)
+                raise self.refuse(f"gives a number for all samples together that is not always the {words}")
+        return left
 
     def parts(self, bounds: Sequence[tuple[int, int]]) -> list[list[torch.Tensor]]:
         try:
@@ -204,23 +248,6 @@ class _Check:
         weights = [(b - a) / bounds[-1][1] if kind == "mean" else 1.0 for a, b in bounds]
         added = sum((part * weight for part, weight in zip(parts, weights)), torch.zeros_like(whole))
         return whole.is_floating_point() and self.same(whole, added)
-
-    def kind(
-        self,
-        index: int,
-        spec: ValueSpec,
-        whole: torch.Tensor,
-        parts: Sequence[Sequence[torch.Tensor]],
-        bounds: Sequence[tuple[int, int]],
-    ) -> Kind:
-        found = [part[index] for part in parts]
-        if spec.batch_dim is not None:
-            return "samples"
-        kinds: tuple[Kind, ...] = ("shared", "sum", "mean")
-        for kind in kinds:
-            if self.is_kind(kind, whole, found, bounds):
-                return kind
-        raise self.refuse("gives a number for all samples together that is neither a sum nor a mean over them")
 
     def differentiated(self, kinds: Sequence[Kind], start: int, stop: int, total: int) -> Run:
         """The run of samples `start` to `stop`, and gradients of its share of a sum over all samples."""
