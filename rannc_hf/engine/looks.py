@@ -47,12 +47,15 @@ class Look:
         model: the model.
         names: numbers objects that only their identity tells apart; one for all looks at a model.
         hooks: ids of hooks that are not the script's, and left out.
+        own: attributes that are not the script's, and left out.
     """
 
-    def __init__(self, model: nn.Module, names: Names, hooks: Collection[int] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, names: Names, hooks: Collection[int] = (), own: Collection[str] = frozenset()
+    ) -> None:
         self.values: dict[str, str] = {}
         """What was found, by where: "layers.1.drop.p" is "0.1"."""
-        self._names, self._left_out, self._root = names, hooks, model
+        self._names, self._left_out, self._own, self._root = names, hooks, own, model
         # All values that are compared by identity, in columns: so that no step of the comparison is Python's.
         self._spaces: list[dict[str, Any]] = []
         self._getters: list[Any] = []
@@ -109,7 +112,8 @@ class Look:
 
     def _space(self, prefix: str, space: dict[str, Any], state: Collection[int]) -> Iterator[tuple[str, Any]]:
         """Note the attributes in `space`; yields what may be a config."""
-        names = [n for n in space if n not in _INTERNAL and not n.startswith(_NOT_OURS)]
+        own = self._own
+        names = [n for n in space if n not in _INTERNAL and not n.startswith(_NOT_OURS) and f"{prefix}{n}" not in own]
         self._compared(space, (*names, "training") if "_modules" in space else names)
         for name in names:
             value = space[name]

@@ -130,8 +130,9 @@ def check_trained(graph: Graph, planned: Graph, plan: Plan, rank: int) -> None:
     larger = _sample_bytes(graph) / max(1, _sample_bytes(planned))
     if larger > _NOTABLE and rank == 0:
         logger.warning(
-            "rannc: samples of this batch are %.2f times as large as those that the plan was made for, and need so "
-            "much more memory than it predicts: begin with the longest batch, or plan for it by "
+            "rannc: samples of this batch are %.2f times as large as those that the plan was made for "
+            "(longer, or of a model that was changed), and need so much more memory than it predicts: begin with the "
+            "longest batch, or plan for it by "
             "`model.partition(**batch)`",
             larger,
         )

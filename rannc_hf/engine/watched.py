@@ -104,12 +104,12 @@ class Watched:
 
         def leave(module: nn.Module, args: Any, outputs: Any) -> None:
             if not state_is_lent() and self._look is not None and not self._look.holds():
-                before = self._look.values
-                known = self._look.hooks
+                before = self._look
                 self._refresh()
-                self._hooks |= self._look.hooks - known
+                self._hooks |= self._look.hooks - before.hooks
                 self._refresh()
-                self._own.update(_differing(before, self._look.values))
+                # From now on these are not looked at, which would take milliseconds for every token.
+                self._own |= _differing(before.values, self._look.values)
                 self._refresh()
 
         handles = [
@@ -128,7 +128,7 @@ class Watched:
 
     def _refresh(self) -> None:
         """Look again, and say what has changed since the first look."""
-        self._look = look = Look(self._module, self._names, self._hooks)
+        self._look = look = Look(self._module, self._names, self._hooks, self._own)
         now, first = look.values, self._first
         changed = sorted(_differing(first, now) - self._own)
         self._state = _told([f"{n}: {now.get(n, _GONE)} (was {first.get(n, _GONE)})" for n in changed])
