@@ -102,8 +102,10 @@ class Gatherer:
         self.rules: dict[str, float | None] = {**_PAD, **pad}
         self.length_multiple, self.pad_token, self.max_length = length_multiple, pad_token, max_length
 
-    def gather(self, batch: Mapping[str, Any], error: str | None = None) -> GlobalBatch:
+    def gather(self, batch: Mapping[str, Any], error: str | None = None, model: str = "") -> GlobalBatch:
         """The global batch. Collective; `error` is this rank's complaint about its own shard.
+
+        model: what state the model is in, in words that must be the same on all ranks.
 
         Raises:
             ValueError: on every rank alike, when shards do not fit together; says which rank and field.
@@ -111,13 +113,15 @@ class Gatherer:
         mine: Any = error
         if error is None:
             try:
-                mine = _describe(batch, [name for name, shared in self._shared.items() if not shared])
+                known = [name for name, shared in self._shared.items() if not shared]
+                mine = {**_describe(batch, known), "model": model}
             except ValueError as problem:
                 mine = str(problem)
         everyone = self.transport.all_gather_object(mine, "shapes of the batch")
         for rank, description in enumerate(everyone):
             if isinstance(description, str):
                 raise ValueError(f"rank {rank}: {description}")
+        _check_models([d["model"] for d in everyone])
         rows = _agreed_rows(everyone)
         batch = fold(batch, rows)
         shapes = self._common_shapes([d["tensors"] for d in everyone], rows)
@@ -262,6 +266,16 @@ class Gatherer:
             raise ValueError(
                 f"field '{name}' has different sizes on different ranks ({shapes}), and without an attention_mask "
                 "padding would change the result: pad all batches alike, or pass an attention_mask"
+            )
+
+
+def _check_models(told: list[str]) -> None:
+    """Every rank captures and runs its own copy of the model, in the state that the script has left it in."""
+    for rank, other in enumerate(told):
+        if other != told[0]:
+            raise ValueError(
+                f"the model is not in the same state on ranks 0 and {rank}: {told[0]} on rank 0, {other} on rank "
+                f"{rank}; set its mode, attributes and hooks alike on every process"
             )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from rannc_hf.capture import Graph, capture
 from rannc_hf.capture.watch import Losses
 from rannc_hf.engine.batch import GlobalBatch
+from rannc_hf.engine.outputs import own_output
 
 
 class Lengths:
@@ -22,6 +23,10 @@ class Lengths:
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         self._model, self._dtype = model, dtype
         self._cache: dict[Any, dict[str, dict[int, int]]] = {}
+
+    def returned(self, outputs: Mapping[str, torch.Tensor], batch: GlobalBatch, graph: Graph) -> Any:
+        """What the model returns on this rank, as it would have for the rank's own samples."""
+        return own_output(graph, self.unpad(outputs, batch, graph), padded=bool(batch.surplus))
 
     def unpad(self, outputs: Mapping[str, torch.Tensor], batch: GlobalBatch, graph: Graph) -> dict[str, torch.Tensor]:
         """`outputs` without the entries that padding added."""

@@ -23,15 +23,17 @@ from rannc_hf.engine.lengths import Lengths
 from rannc_hf.engine.meter import Meter
 from rannc_hf.engine.notices import announce, captured
 from rannc_hf.engine.optimizer import OptimizerMap
-from rannc_hf.engine.outputs import own_output, training_output
+from rannc_hf.engine.outputs import training_output
 from rannc_hf.engine.parameters.store import ParameterStore
 from rannc_hf.engine.planning import find_plan_here
 from rannc_hf.engine.program import place
+from rannc_hf.engine.publication import Publish
 from rannc_hf.engine.runtime import Runtime, separate_random_state
 from rannc_hf.engine.setup import capture_agreed, check_trained, default_transport, plan_agreed
 from rannc_hf.engine.specialised import Specialised
 from rannc_hf.engine.split import Driver, split_outputs
 from rannc_hf.engine.transport import Transport
+from rannc_hf.engine.watched import Watched
 from rannc_hf.engine.whole import Whole, generate
 from rannc_hf.partition.plan import Plan
 
@@ -104,6 +106,8 @@ class RanncModel(nn.Module):
             partial(hides_padding, module),
         )
         self._whole = Whole(module, self.transport, device)
+        self._watched = Watched(module)
+        self._state = ""
         self._lengths = Lengths(module, compute_dtype)
         self._driver = Driver()
         self._at_partition: dict[str, Callable[[], None]] = {}
@@ -114,7 +118,18 @@ class RanncModel(nn.Module):
         self._running: Graph | None = None
         self._unpublished: tuple[int, frozenset[str], frozenset[str]] | None = None
         self._held_scale: torch.Tensor | None = None
-        self.training = module.training
+
+    @property
+    def training(self) -> bool:
+        """The mode of the user's model, which may be set there too (`unwrap_model(model).eval()`), as under DDP."""
+        module: nn.Module | None = self.__dict__.get("module")
+        return module.training if module is not None else True
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        # nn.Module sets it before there is a model.
+        if "module" in self.__dict__:
+            self.module.training = mode
 
     @property
     def partitioned(self) -> bool:
@@ -139,21 +154,17 @@ class RanncModel(nn.Module):
         self._steps += 1
         with separate_random_state(runtime.graph, self.device):
             if not self.training:
-                return self._own_output(runtime, gathered, runtime.evaluate(gathered, self._steps))
+                return self._lengths.returned(runtime.evaluate(gathered, self._steps), gathered, runtime.graph)
             if runtime.graph.split:
                 outputs = split_outputs(runtime, gathered, self._steps, self._driver, self._forget)
                 self.meter.ran(gathered.samples, gathered.tokens, None, steady=len(self._runtimes) == known)
-                return self._own_output(runtime, gathered, outputs)
+                return self._lengths.returned(outputs, gathered, runtime.graph)
             self._held_scale = self._gradient_scale()
             loss = runtime.train(gathered, self._steps, self._held_scale)
         self.meter.ran(gathered.samples, gathered.tokens, loss, steady=len(self._runtimes) == known)
         self._unpublished = self._steps, runtime.trained(runtime.graph.differentiated), runtime.conditional
         anchor = torch.zeros((), device=self.device, requires_grad=True)
-        return training_output(runtime.graph, _Publish.apply(anchor, loss, self, self._steps))
-
-    def _own_output(self, runtime: Runtime, batch: GlobalBatch, outputs: Mapping[str, torch.Tensor]) -> Any:
-        whole = self._lengths.unpad(outputs, batch, runtime.graph)
-        return own_output(runtime.graph, whole, padded=bool(batch.surplus))
+        return training_output(runtime.graph, Publish.apply(anchor, loss, self, self._steps))
 
     def partition(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan and place the parameters now, for batches like this one, without training on it. Collective.
@@ -171,11 +182,13 @@ class RanncModel(nn.Module):
         try:
             batch = self.cast_inputs(bind_arguments(self.module, args, kwargs))
             self._whole.check(self.training, self.partitioned)
+            self._state = self._watched.look(self._whole.active)
             if without_gradients:
                 raise ValueError("training mode without gradients: call model.eval() before evaluating under no_grad")
         except (TypeError, ValueError) as error:
             problem = str(error)
-        return self._gatherer.gather(batch, problem)
+        mode = "training" if self.training else "evaluation"
+        return self._gatherer.gather(batch, problem, f"{mode} mode" + (f", {self._state}" if self._state else ""))
 
     def publish(self, scale: torch.Tensor, step: int) -> None:
         """Give the gradients of step `step`, times `scale`, to the parameters. Called by ``loss.backward()``."""
@@ -231,9 +244,11 @@ class RanncModel(nn.Module):
         state.move_buffers(self.module, self.transport, self.device)
         state.guard_state_dict(self.module)
         self._whole.partitioned(self.store)
+        self._watched.place(self.store.originals)
+        self._state = self._watched.look(lent=False)
         self.optimizers.partition(set(self.store.owned))
         self.plan, self.graph = plan, graph
-        self._planned_key = self._specialised.add(self._specialised.key(True, batch), graph)
+        self._planned_key = self._specialised.add(self._specialised.key(True, batch, ""), graph)
         while self._at_partition:
             self._at_partition.pop(next(iter(self._at_partition)))()
         if self.transport.rank == 0:
@@ -247,11 +262,13 @@ class RanncModel(nn.Module):
         return find_plan_here(graph, self.config, batch, self.device, self.transport.world_size)
 
     def _runtime(self, batch: GlobalBatch) -> Runtime:
-        key = self._specialised.key(self.training, batch)
+        key = self._specialised.key(self.training, batch, self._state)
         if key not in self._runtimes:
             assert self.plan is not None and self.graph is not None and self.store is not None
             planned = key == self._planned_key
             graph = self.graph if planned else self._capture(batch, self.training)
+            self._watched.captured()
+            self._specialised.forget(self._runtimes)
             self._specialised.add(key, graph)
             if self.training and not planned:
                 check_trained(graph, self.graph, self.plan, self.transport.rank)
@@ -259,7 +276,7 @@ class RanncModel(nn.Module):
             made = Runtime(program, self.plan, self.module, self.store, *where, self.config, planned)
             self._runtimes[key] = made
             if self.transport.rank == 0:
-                captured(self._runtimes, batch, self.training)
+                captured(self._runtimes, batch, self.training, self._state)
         return self._runtimes[key]
 
     def _capture(self, batch: GlobalBatch, training: bool) -> Graph:
@@ -281,7 +298,6 @@ class RanncModel(nn.Module):
     def train(self, mode: bool = True) -> RanncModel:
         """Set training or evaluation mode, of the user's model too."""
         self.module.train(mode)
-        self.training = mode
         return self
 
     def named_parameters(
@@ -295,7 +311,7 @@ class RanncModel(nn.Module):
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, every rank's `module` has all parameters and runs plainly: see `engine.whole`. Collective."""
-        return self._whole.entered()
+        return self._watched.running(self._whole.entered())
 
     @property
     def is_whole(self) -> bool:
@@ -379,17 +395,3 @@ class RanncModel(nn.Module):
         if self.store is None:
             raise RuntimeError(f"{call} before the first batch: there are no gradients yet")
         return self.store
-
-
-class _Publish(torch.autograd.Function):
-    """Returns the loss; its backward publishes gradients that the pipeline has computed already."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, loss: torch.Tensor, model: RanncModel, step: int) -> torch.Tensor:
-        ctx.model, ctx.step = model, step
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None, None]:
-        ctx.model.publish(gradients[0], ctx.step)
-        return None, None, None, None

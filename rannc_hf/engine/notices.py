@@ -46,16 +46,21 @@ def announce(graph: Graph, plan: Plan, ranks: int, model: nn.Module) -> None:
         )
 
 
-def captured(kinds: Collection[object], batch: GlobalBatch, training: bool) -> None:
+def captured(kinds: Collection[object], batch: GlobalBatch, training: bool, changes: str) -> None:
     """Log that the model was captured for a new kind of batch: that takes seconds, so there should be few."""
     shapes = {name: tuple(v.shape) for name, v in batch.fields.items() if hasattr(v, "shape")}
     mode = "training" if training else "evaluation"
-    logger.info("rannc: captured the model in %s for a batch of the shapes %s (kind %d)", mode, shapes, len(kinds))
+    changed = f", as the script has changed it: {changes}" if changes else ""
+    logger.info(
+        "rannc: captured the model%s in %s for a batch of the shapes %s (kind %d)", changed, mode, shapes, len(kinds)
+    )
     if len(kinds) >= _MANY and len(kinds) & (len(kinds) - 1) == 0:
         logger.warning(
-            "rannc: the model was captured for %d kinds of batches, which takes seconds for each; the last one has the "
-            "shapes %s. Lengths of texts are rounded up to multiples of `length_multiple`; let the data collator bring "
-            "other sizes, such as those of images, to a few",
+            "rannc: the model was captured for %d kinds of batches, which takes seconds for each; the last one has "
+            "the shapes %s%s. Lengths of texts are rounded up to multiples of `length_multiple`; let the data "
+            "collator bring other sizes, such as those of images, to a few. What the script changes in the model at "
+            "every step (a weight of a loss, a temperature) is better an argument of forward, as a tensor, or a buffer",
             len(kinds),
             shapes,
+            changed,
         )

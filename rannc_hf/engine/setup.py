@@ -18,6 +18,7 @@ from rannc_hf.capture.watch import Losses
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine.batch import GlobalBatch
 from rannc_hf.engine.transport import Transport
+from rannc_hf.engine.watched import refuse_hooks_of_regions
 from rannc_hf.partition.plan import Plan, ranks_in_words
 from rannc_hf.partition.schedules import SPLIT_SCHEDULE
 
@@ -79,6 +80,7 @@ def capture_agreed(
 
     def make() -> Graph:
         graph = capture(model, batch.fields, dtype=dtype, training=training, loss=loss, folded=batch.folded)
+        refuse_hooks_of_regions(graph, model)
         if transport.rank == 0:
             try:
                 compared = check_numbers(graph, model, batch.fields, dtype, batch.folded)
@@ -128,8 +130,9 @@ def check_trained(graph: Graph, planned: Graph, plan: Plan, rank: int) -> None:
     larger = _sample_bytes(graph) / max(1, _sample_bytes(planned))
     if larger > _NOTABLE and rank == 0:
         logger.warning(
-            "rannc: samples of this batch are %.2f times as large as those that the plan was made for, and need so "
-            "much more memory than it predicts: begin with the longest batch, or plan for it by "
+            "rannc: samples of this batch are %.2f times as large as those that the plan was made for "
+            "(longer, or of a model that was changed), and need so much more memory than it predicts: begin with the "
+            "longest batch, or plan for it by "
             "`model.partition(**batch)`",
             larger,
         )

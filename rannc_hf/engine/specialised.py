@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, MutableMapping
+from typing import Any
 
 import torch
 
@@ -15,7 +16,9 @@ from rannc_hf.engine.runtime import describe_shapes
 logger = logging.getLogger(__name__)
 _MANY = 8
 """Graphs of the same shapes from which on it is worth a word."""
-Key = tuple[Hashable, int]
+_MOST_STATES = 16
+"""States of the model whose graphs are kept, beside the first."""
+Key = tuple[tuple[Hashable, ...], int]
 
 
 class Specialised:
@@ -25,11 +28,19 @@ class Specialised:
     """
 
     def __init__(self) -> None:
-        self._guards: dict[Hashable, list[Guards | None]] = {}
+        self._guards: dict[tuple[Hashable, ...], list[Guards | None]] = {}
+        self._states: dict[str, None] = {}
+        """The one that was used last is the last."""
 
-    def key(self, training: bool, batch: GlobalBatch) -> Key:
-        """The key of the graph that holds for a batch; one that was not added where none does."""
-        shapes = (training, training or torch.is_grad_enabled(), describe_shapes(batch))
+    def key(self, training: bool, batch: GlobalBatch, state: str) -> Key:
+        """The key of the graph that holds for a batch; one that was not added where none does.
+
+        state: what the model is like, beside its parameters (`engine.watched`).
+        """
+        if state:
+            self._states.pop(state, None)
+            self._states[state] = None
+        shapes = (state, training, training or torch.is_grad_enabled(), describe_shapes(batch))
         found = self._guards.get(shapes, [])
         for index, guards in enumerate(found):
             if guards is None or guards.hold(batch.fields):
@@ -51,3 +62,15 @@ class Specialised:
                 str(graph.guards.values)[:80] if graph.guards is not None else "",
             )
         return key
+
+    def forget(self, kept: MutableMapping[Key, Any]) -> None:
+        """Drop what is kept for the state of the model that was not used for longest, where there are many.
+
+        A script that sets another number at every step would fill the memory.
+        """
+        if len(self._states) > _MOST_STATES:
+            oldest = next(iter(self._states))
+            del self._states[oldest]
+            self._guards = {shapes: guards for shapes, guards in self._guards.items() if shapes[0] != oldest}
+            for key in [key for key in kept if key[0][0] == oldest]:
+                del kept[key]
