@@ -43,10 +43,10 @@ def train_plain(folder, script, *arguments):
     # Without this, accelerate alone would let both processes train on their own.
     environ = {"ACCELERATE_USE_CPU": "true"}
     try:
-        return train(folder, script, TWO_CPU_PROCESSES, *arguments, timeout=90, **environ)
+        return train(folder, script, TWO_CPU_PROCESSES, *arguments, timeout=60, **environ)
     except subprocess.TimeoutExpired:
         # Plain processes now and then do not come back from the end of gloo's process group, on busy machines.
-        return train(folder, script, TWO_CPU_PROCESSES, *arguments, timeout=90, **environ)
+        return train(folder, script, TWO_CPU_PROCESSES, *arguments, timeout=120, **environ)
 
 
 def train_both(tmp_path, script, arguments, **options):
