@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,16 @@ def start(*command, timeout=240, **environ):
     environ = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
     environ.pop("RANNC_CONFIG", None)
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=environ, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        # With the processes that the launcher has started.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def train(folder, script, settings, *arguments, timeout=240, **environ):
