@@ -73,6 +73,22 @@ DRAWS_ELSEWHERE = (
 )
 
 
+def generators_elsewhere() -> tuple[object, str]:
+    """The states of Python's and NumPy's generators, to be compared."""
+    return random.getstate(), str(numpy.random.get_state(legacy=False))
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Afterwards Python's and NumPy's generators are as they were."""
+    own, other = random.getstate(), numpy.random.get_state(legacy=False)
+    try:
+        yield
+    finally:
+        random.setstate(own)
+        numpy.random.set_state(other)
+
+
 @contextlib.contextmanager
 def extreme_draws(largest: bool) -> Iterator[Callable[[], bool]]:
     """Inside, uniform draws from Python and NumPy give the smallest number, or the `largest`.
@@ -82,20 +98,13 @@ def extreme_draws(largest: bool) -> Iterator[Callable[[], bool]]:
     the generators are as they were.
     """
     drawn = _LARGEST if largest else _SMALLEST
-    python, other = random.getstate(), numpy.random.get_state(legacy=False)
+    before = generators_elsewhere()
 
     def uniform(low: Any = 0.0, high: Any = 1.0, size: Any = None) -> Any:
         return low + (high - low) * (drawn if size is None else numpy.full(size, drawn))
 
-    def moved() -> bool:
-        return random.getstate() != python or str(numpy.random.get_state(legacy=False)) != str(other)
-
     numpys: dict[str, Any] = {"uniform": uniform, "rand": lambda *size: uniform(size=size or None)}
     numpys |= dict.fromkeys(("random", "random_sample"), lambda size=None: uniform(size=size))
     pythons: dict[str, Any] = {"uniform": uniform, "random": lambda: drawn}
-    try:
-        with mock.patch.multiple(numpy.random, **numpys), mock.patch.multiple(random, **pythons):
-            yield moved
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(other)
+    with generators_kept(), mock.patch.multiple(numpy.random, **numpys), mock.patch.multiple(random, **pythons):
+        yield lambda: generators_elsewhere() != before

@@ -17,7 +17,7 @@ import torch.fx as fx
 from .errors import CaptureError
 from .export import Export
 from .graph import Graph
-from .opaque.left_out import LeftOut
+from .opaque.tuples import SampleTuple
 from .passes.cleanup import drop_dead
 from .values import Known
 
@@ -109,7 +109,7 @@ def _told_constants(small: Step, large: Mapping[str, Any]) -> Step:
     """The step with the paths of leaves that are not tensors, where they depend on the number of samples."""
     leaves, kept = list(small.leaves), {}
     for index, (path, value) in small.constants.items():
-        if isinstance(value, LeftOut) or path not in large or value != large[path]:
+        if isinstance(value, SampleTuple) or path not in large or value != large[path]:
             leaves[index] = path
         else:
             kept[index] = (path, value)

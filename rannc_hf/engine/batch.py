@@ -59,6 +59,11 @@ class GlobalBatch:
         return ids.numel() if isinstance(ids, torch.Tensor) else 0
 
     @property
+    def plain(self) -> tuple[tuple[str, str], ...]:
+        """Arguments that are not tensors, by name, as words that can be compared."""
+        return tuple(sorted(_plain(self.fields).items()))
+
+    @property
     def surplus(self) -> dict[tuple[str, int], int]:
         """By how much padding made this rank's samples longer, by field and dimension, where it did."""
         return {
@@ -310,6 +315,10 @@ def _check_shared(descriptions: list[dict[str, Any]], batched: Collection[str]) 
                 )
 
 
+def _plain(arguments: Mapping[str, Any]) -> dict[str, str]:
+    return {name: repr(value) for name, value in arguments.items() if not isinstance(value, torch.Tensor)}
+
+
 def _digest(value: torch.Tensor) -> str:
     data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
@@ -336,5 +345,5 @@ def _describe(batch: Mapping[str, Any], of_samples: Collection[str] = ()) -> dic
         "tensors": tensors,
         "full": full,
         "shared": shared,
-        "plain": {k: repr(v) for k, v in batch.items() if k not in tensors},
+        "plain": _plain(batch),
     }

@@ -68,9 +68,8 @@ def _together(batch: GlobalBatch) -> dict[tuple[int, int, int], list[str]]:
 
 def _kind(batch: GlobalBatch, graph: Graph) -> tuple[object, ...]:
     """What decides which outputs there are, and how they grow: not lengths, but arguments, and values read."""
-    plain = {name: repr(value) for name, value in batch.fields.items() if not isinstance(value, torch.Tensor)}
     read = None if graph.guards is None else repr(graph.guards.values)
-    return tuple(sorted(batch.fields)), tuple(sorted(plain.items())), tuple(graph.outputs), read
+    return tuple(sorted(batch.fields)), batch.plain, tuple(graph.outputs), read
 
 
 def _differences(graph: Graph, other: Graph, path: str, steps: int) -> dict[int, int]:

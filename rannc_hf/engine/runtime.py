@@ -270,12 +270,10 @@ def _consecutive(sizes: Sequence[int]) -> list[Microbatch]:
 def describe_shapes(batch: GlobalBatch) -> tuple[Sequence[object], ...]:
     """What a graph is captured for: shapes of a sample and dtypes of all fields, and plain arguments."""
     tensors = {k: v for k, v in batch.fields.items() if isinstance(v, torch.Tensor)}
-    plain = {k: repr(v) for k, v in batch.fields.items() if k not in tensors}
     shapes = [
         (k, tuple(v.shape[1:]) if k in batch.batched else tuple(v.shape), str(v.dtype)) for k, v in tensors.items()
     ]
-    own = (batch.batched, batch.folded)
-    return (tuple(sorted(shapes)), tuple(sorted(plain.items())), *(tuple(sorted(names)) for names in own))
+    return (tuple(sorted(shapes)), batch.plain, tuple(sorted(batch.batched)), tuple(sorted(batch.folded)))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ..chances import DRAWS_ELSEWHERE
 from ..errors import CaptureError, NotSplittable
 from ..graph import ValueSpec
 from ..passes.per_sample import SAMPLES, proportional
@@ -120,8 +121,8 @@ def _region(
     part: Part | None = None,
     draws: bool = False,
 ) -> Region:
-    path, left_out = calls[0].path, calls[0].left_out
-    return Region(key, path, module, inputs, state, reason, part, draws=draws, left_out=left_out)
+    path, tuples = calls[0].path, calls[0].tuples
+    return Region(key, path, module, inputs, state, reason, part, draws=draws, tuples=tuples)
 
 
 def _check_calls(
@@ -307,10 +308,7 @@ def _check_pure(what: str, calls: Calls) -> None:
         if call.writes is not None:
             raise CaptureError(f"{what} cannot run as it is: it writes to {call.writes}")
         if call.draws_elsewhere:
-            raise NotSplittable(
-                f"{what} cannot run as it is: it draws random numbers from Python or NumPy, which no seed of a step "
-                "repeats; turn that off in the model's config (mask_time_prob=0, ...)"
-            )
+            raise NotSplittable(f"{what} cannot run as it is: {DRAWS_ELSEWHERE}")
 
 
 def _spec(small: torch.Tensor, large: torch.Tensor, what: str) -> ValueSpec:

@@ -16,8 +16,8 @@ from torch import nn
 
 from ..ambient import told_exporting
 from ..watch import register_outputs
-from .left_out import Path, without
 from .template import copies, tensors_in
+from .tuples import Path, without
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,12 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from ..ambient import no_autocast, plain_context, told_exporting
+from ..chances import generators_elsewhere, generators_kept
 from ..errors import CaptureError, plain_reason
 from ..state import lent_state, tensor_of
 from ..watch import register_outputs
-from .left_out import Path, of_each_sample, without
 from .parts import Parts, Recorder
 from .template import copies, tensors_in
+from .tuples import Path, of_each_sample, without
 
 _NOISE = 1_000_003
 
@@ -43,7 +43,7 @@ class Call:
     """Values of the parameters and buffers of `state_names`."""
     parts: Parts | None = None
     """The calls of submodules, where these are captured by themselves."""
-    left_out: frozenset[Path] = frozenset()
+    tuples: frozenset[Path] = frozenset()
     """Parts of what it gave that are not among `outputs` any more (`without_tuples`)."""
     fields: tuple[str | None, ...] = ()
     """For each tensor that it is given the field of the batch that it is, if it is one."""
@@ -137,7 +137,7 @@ def without_tuples(small: Call, large: Call) -> tuple[Call, Call]:
     for call in (small, large):
         parts = call.parts.returning_without(paths, call.path) if call.parts is not None else None
         outputs = without(call.outputs, paths, f"'{call.path}'")
-        made.append(replace(call, outputs=outputs, parts=parts, left_out=paths))
+        made.append(replace(call, outputs=outputs, parts=parts, tuples=paths))
     return made[0], made[1]
 
 
@@ -166,30 +166,14 @@ def generator_state(device: torch.device) -> bytes:
 
 
 def _generators(device: torch.device) -> tuple[Any, Any, Any]:
-    return generator_state(device), random.getstate(), str(_numpy_state())
-
-
-def _numpy_state() -> Any:
-    try:
-        import numpy
-    except ImportError:
-        return None
-    return numpy.random.get_state(legacy=False)
+    return generator_state(device), *generators_elsewhere()
 
 
 @contextlib.contextmanager
 def set_apart(cuda: list[torch.device]) -> Iterator[None]:
     """A plain context without gradients, after which all generators of random numbers are as they were."""
-    own, other = random.getstate(), _numpy_state()
-    try:
-        with plain_context(), torch.no_grad(), torch.random.fork_rng(cuda, device_type="cuda"):
-            yield
-    finally:
-        random.setstate(own)
-        if other is not None:
-            import numpy
-
-            numpy.random.set_state(other)
+    with generators_kept(), plain_context(), torch.no_grad(), torch.random.fork_rng(cuda, device_type="cuda"):
+        yield
 
 
 # -- what the model is run with --------------------------------------------------------------------------------------

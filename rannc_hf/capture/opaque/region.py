@@ -16,8 +16,8 @@ from ..errors import CaptureError
 from ..graph import ValueSpec
 from ..state import lent_state, tensor_of
 from .depends import LEFT_OUT, Labels
-from .left_out import Path, without
 from .template import Template, tensors_in
+from .tuples import Path, without
 
 Kind = Literal["samples", "shared", "sum", "mean"]
 """What a result is over the samples: each sample's own, the same for all of them, their sum, or their mean."""
@@ -120,7 +120,7 @@ class Region:
     """Bytes that autograd keeps for a sample of the probe, besides what the region is given."""
     draws: bool = False
     """Whether it draws random numbers: dropout."""
-    left_out: frozenset[Path] = frozenset()
+    tuples: frozenset[Path] = frozenset()
     """Parts of what the forward returns that are not results."""
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
     """Held while parameters are lent to `module`: ranks that are threads of one process share it."""
@@ -190,7 +190,7 @@ class Region:
             try:
                 with followed or contextlib.nullcontext():
                     outputs = self.module(*args, **kwargs)
-                outputs = without(outputs, self.left_out, self.name)
+                outputs = without(outputs, self.tuples, self.name)
                 results = tensors_in(outputs)
             except _Stopped as stopped:
                 results = tensors_in(stopped.arguments)

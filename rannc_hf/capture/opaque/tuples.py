@@ -18,7 +18,7 @@ Path = tuple[int, ...]
 """To a part of a structure: the number of the child, at each level."""
 
 
-class LeftOut(str):
+class SampleTuple(str):
     """Stands for such a tuple. It is a string because those may be among the outputs of an export."""
 
     def _refuse(self, *args: Any) -> Any:
@@ -46,7 +46,7 @@ def without(structure: Any, paths: Collection[Path], whose: str) -> Any:
     found = {id(_part(structure, path)) for path in paths}
     told = f"a tuple among the results of {whose}"
     return pytree.tree_map(
-        lambda x: LeftOut(told) if id(x) in found else x, structure, is_leaf=lambda x: id(x) in found
+        lambda x: SampleTuple(told) if id(x) in found else x, structure, is_leaf=lambda x: id(x) in found
     )
 
 
