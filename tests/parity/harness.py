@@ -277,6 +277,35 @@ def compare(result: Result, reference: Result, tolerance: Tolerance) -> None:
         assert off <= tolerance.parameter, f"{name} is off by {off:.1e} after the optimizer steps"
 
 
+def follow(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    parts: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+    config: RanncConfig = EXACT_LENGTHS,
+) -> list[int]:
+    """Train on batches one after the other, without a change of the parameters, and compare each with plain training.
+
+    Two ranks get their `parts`, by default shards. Returns how many graphs each of them has captured.
+    """
+    own = parts if parts is not None else [shards(batch, 2) for batch in batches]
+
+    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> tuple[list[Result], int]:
+        results = []
+        for part in own:
+            loss = loss_of(wrapped(**part[rank]))
+            loss.backward()
+            results.append(result_of(wrapped, [loss.item()]))
+            optimizer.zero_grad()
+        return results, len(wrapped._runtimes)
+
+    ranks = on_ranks(model, 2, planner((1, 1), 2), run, config)
+    for index, batch in enumerate(batches):
+        found, wanted = merge([results[index] for results, _ in ranks]), plain(model, batch, 1)
+        # Nothing was stepped: parameters and norms are not compared.
+        compare(replace(found, parameters={}), replace(wanted, parameters={}, norms=[]), EXACT)
+    return [graphs for _, graphs in ranks]
+
+
 def check(
     model: nn.Module,
     batch: Mapping[str, torch.Tensor],

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -14,42 +13,11 @@ from torch.nn import functional
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
 from tests.parity import harness
+from tests.parity.harness import follow
 from tests.parity.models import CASES
 
 WIDTH, WORDS = 8, 20
 Batch = Mapping[str, Any]
-
-
-def follow(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    parts: Sequence[Sequence[Batch]] | None = None,
-    config: RanncConfig = harness.EXACT_LENGTHS,
-) -> None:
-    """Train on batches one after the other, of which two ranks get their `parts`, and compare each with plain."""
-    own = parts if parts is not None else [harness.shards(batch, 2) for batch in batches]
-
-    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> list[harness.Result]:
-        results = []
-        for part in own:
-            loss = harness.loss_of(wrapped(**part[rank]))
-            loss.backward()
-            results.append(harness.result_of(wrapped, [loss.item()]))
-            optimizer.zero_grad()
-        return results
-
-    ranks = harness.on_ranks(model, 2, harness.planner((1, 1), 2), run, config)
-    for index, batch in enumerate(batches):
-        plain = copy.deepcopy(model).train()
-        loss = harness.loss_of(plain(**batch))
-        loss.backward()
-        wanted = {n: p.grad for n, p in plain.named_parameters()}
-        found = harness.merge([results[index] for results in ranks])
-        harness.compare(
-            harness.Result(found.losses, found.gradients, {}, []),
-            harness.Result([loss.item()], wanted, {}, []),
-            harness.EXACT,
-        )
 
 
 class Reader(nn.Module):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -97,27 +95,7 @@ def batch(kinds: list[int], seed: int, scale: float = 1.0) -> Batch:
 
 def check(model: nn.Module, batches: list[Batch], graphs: int = 1) -> None:
     """Each batch has the loss and the gradients of plain training."""
-    parts = [harness.shards(b, 2) for b in batches]
-
-    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> tuple[list[harness.Result], int]:
-        results = []
-        for part in parts:
-            loss = wrapped(**part[rank])
-            loss.backward()
-            results.append(harness.Result([loss.item()], harness.gradients_of(wrapped), {}, []))
-            optimizer.zero_grad()
-        return results, len(wrapped._runtimes)
-
-    ranks = harness.on_ranks(model, 2, harness.planner((1, 1), 2), run)
-    assert [made for _, made in ranks] == [graphs, graphs]
-    for step, whole in enumerate(batches):
-        wanted = harness.plain(copy.deepcopy(model), whole, 1)
-        gradients: dict[str, torch.Tensor | None] = {}
-        for results, _ in ranks:
-            gradients |= results[step].gradients
-            assert results[step].losses == ranks[0][0][step].losses
-        found = harness.Result(ranks[0][0][step].losses, gradients, {}, [])
-        harness.compare(found, harness.Result(wanted.losses, wanted.gradients, {}, []), harness.EXACT)
+    assert harness.follow(model, batches) == [graphs, graphs]
 
 
 @pytest.mark.parametrize("how", ["where", "parameter", "rows"])
