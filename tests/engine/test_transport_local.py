@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import traceback
 
@@ -376,3 +378,19 @@ def test_ranks_meet_or_hear_at_once_where_the_others_are():
         "rank 0: all ranks at saving: rank 0 is at saving, rank 1 is not",
         "rank 1: gathering the batch: rank 0 is at saving, rank 1 is not",
     ]
+
+
+def test_fake_tensors_outlive_the_threads_that_first_made_some():
+    """In a process of its own: torch 2.11 with CUDA, on a machine without, would end it by a segmentation fault."""
+    program = """
+from torch._subclasses.fake_tensor import FakeTensorMode
+from rannc_hf.engine.transport import LocalWorld
+
+def body(transport):
+    with FakeTensorMode():
+        return transport.rank
+
+for _ in range(20):
+    assert LocalWorld(2).run(body) == [0, 1]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -4,7 +4,7 @@ import pytest
 from transformers import BertForMaskedLM
 
 from tests.accelerate_config import TWO_CPU_PROCESSES
-from tests.multiprocess.test_accelerate_launch import close, same_weights, train
+from tests.multiprocess.test_accelerate_launch import close, same_weights, train, train_plain
 
 pytestmark = pytest.mark.multiprocess
 
@@ -18,7 +18,7 @@ def test_tasks(tmp_path):
     ddp.mkdir()
     ours.mkdir()
     settings = {**TWO_CPU_PROCESSES, "rannc_config": {"stages": 2, "microbatches": 2}}
-    expected = train(ddp, "trainer_tasks.py", TWO_CPU_PROCESSES, "--output_dir", ddp, ACCELERATE_USE_CPU="true")
+    expected = train_plain(ddp, "trainer_tasks.py", "--output_dir", ddp)
     actual = train(ours, "trainer_tasks.py", settings, "--output_dir", ours)
     assert actual.keys() == expected.keys()
     for task in expected:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rannc_hf.engine.transport.base import DeadlockError, TransportError
 
@@ -49,6 +50,7 @@ class Turns(Generic[T]):
         Raises the first exception of a rank (the others are stopped), `DeadlockError` when all ranks wait, and
         `TransportError` when a rank keeps its turn for longer than `timeout_s` (at most twice that).
         """
+        _install_device_guard()
         for baton in self._baton:
             baton.acquire()
         for thread in self._threads:
@@ -136,6 +138,16 @@ class Turns(Generic[T]):
         return TransportError(
             f"rank {self._holder} has run for more than {timeout_s:g} s without waiting for another rank, at\n{where}"
         )
+
+
+def _install_device_guard() -> None:
+    """Let the device guard of fake tensors belong to this thread, which outlives those of the ranks.
+
+    Where torch has CUDA and the machine has none, the first `FakeTensorMode` of a process installs a guard for all of
+    it; torch 2.11 frees that guard with the thread that made it, and the next mode crashes (pytorch/pytorch#178950).
+    """
+    with FakeTensorMode():
+        pass
 
 
 def _cuda_state() -> torch.cuda.Stream | None:
