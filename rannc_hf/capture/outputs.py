@@ -90,7 +90,9 @@ def _compares(a: object, b: object) -> bool:
     x, y = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in (a, b))
     if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor) or x.dim() != y.dim():
         return False
-    return sum(m != n for m, n in zip(x.shape, y.shape)) > 1
+    # A size that values decide is a symbol, and none of samples.
+    sizes = [(m, n) for m, n in zip(x.shape, y.shape) if isinstance(m, int) and isinstance(n, int)]
+    return sum(m != n for m, n in sizes) > 1
 
 
 def _without(step: Step, left_out: Collection[str]) -> Step:

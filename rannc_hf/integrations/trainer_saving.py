@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, Trainer
@@ -38,6 +40,8 @@ STATES = "rannc"
 """Directory of a checkpoint with what the processes keep."""
 _WEIGHTS = "weights beside"
 """Key under which weights wait for the partition."""
+_ALL_PROCESSES_SAVE = Version(transformers.__version__) >= Version("5.23.dev0")
+"""Whether `Trainer.save_model` calls `_save` in all processes, not only where files are written."""
 
 
 class SavingTrainer(Trainer):
@@ -60,18 +64,24 @@ class SavingTrainer(Trainer):
             resume_from_checkpoint = _last_complete(self.args.output_dir) or True
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer. Collective."""
+        if not _ALL_PROCESSES_SAVE and self._partitioned is not None and not self.args.should_save:
+            self._save(output_dir)
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As in Trainer; weights under their Hugging Face names, for plain `from_pretrained`. Collective."""
         model = self._partitioned
         if model is None or state_dict is not None:
             super()._save(output_dir, state_dict)
             return
-        if not isinstance(self.model, PreTrainedModel):
-            super()._save(output_dir, model.full_state_dict(saved_names(self.model)))
-        elif self.args.should_save:
+        transformers_model = isinstance(self.model, PreTrainedModel)
+        state = None if transformers_model else model.full_state_dict(saved_names(self.model))
+        if self.args.should_save:
             # It calls `self.model.save_pretrained`, in which every process writes its part.
-            super()._save(output_dir)
-        else:
+            super()._save(output_dir, state)
+        elif transformers_model:
             self.model.save_pretrained(output_dir if output_dir is not None else self.args.output_dir)
         self.accelerator.wait_for_everyone()
 

