@@ -1,13 +1,16 @@
 # make demo | test | lint | clean: each sets itself up in .venv and needs nothing but make and Python 3.11 or newer.
 #
 #   PYTHON       the Python that .venv is made with
-#   TORCH        what pip installs as torch
+#   TORCH, TRANSFORMERS
+#                what pip installs as such. The lowest versions that are supported:
+#                make test VENV=.venv-lowest TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0
 #   TORCH_INDEX  index that torch comes from; empty: pip's own. https://download.pytorch.org/whl/cpu has the small
 #                CPU build for Linux, where pip's own index has the CUDA one
 #   WORKERS      how many tests run at a time
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers
 TORCH_INDEX ?=
 WORKERS ?= 2
 
@@ -27,7 +30,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is too old: Python 3.11 or newer is needed, e.g. make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') '$(TORCH)'
-	$(BIN)/python -m pip install --quiet -e '.[test]' '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -e '.[test]' '$(TORCH)' '$(TRANSFORMERS)'
 	touch $@
 
 # Pretrains a small BERT on Python's own documentation with four CPU processes, then fills masks with it.
