@@ -16,6 +16,7 @@ GPipe, p = t + x + y under 1F1B.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -70,7 +71,7 @@ class StageModel:
     def __init__(self, problem: Problem, microbatches: int, replicas: Sequence[int]) -> None:
         self.problem, self.microbatches = problem, microbatches
         self.replicas = list(replicas)
-        self.unit = int(np.gcd.reduce([*self.replicas, problem.cluster.size]))
+        self.unit = math.gcd(*self.replicas, problem.cluster.size)
         self.samples = -(-problem.batch_size // microbatches)
         self.shares = [-(-self.samples // r) for r in self.replicas]
         costs = {share: self._block_costs(share) for share in set(self.shares)}

@@ -7,6 +7,7 @@ infinite.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -136,7 +137,7 @@ class Table:
         self.model, self.schedule, self.limits, self.cap = model, schedule, limits, cap
         self.size, self.blocks = model.problem.cluster.size, model.problem.segments.count
         self.replicas = model.placements[placement]
-        self.unit = int(np.gcd.reduce([*self.replicas, self.size]))
+        self.unit = math.gcd(*self.replicas, self.size)
         self.widths = np.array(self.replicas) // self.unit
         self.bands = _Bands(model, self.unit, cap, budget)
         self.devices = self.bands.devices
