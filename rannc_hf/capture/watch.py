@@ -133,7 +133,7 @@ def _noted_functions(note: Callable[[type], None]) -> Iterator[None]:
     def noted(cls: type, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() == thread:
             note(cls)
-        return apply.__func__(cls, *args, **kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)  # written in Python, and from torch 2.14 on in C
 
     torch.autograd.Function.apply = classmethod(noted)  # type: ignore[method-assign,assignment]
     try:
