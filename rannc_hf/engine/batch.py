@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,11 +132,7 @@ class Gatherer:
         shapes = self._common_shapes([d["tensors"] for d in everyone], rows)
         shapes = self._round_lengths(shapes, batch, rows)
         _check_shared(everyone, shapes)
-        for rank, description in enumerate(everyone):
-            if description["plain"] != everyone[0]["plain"]:
-                raise ValueError(
-                    f"ranks 0 and {rank} pass different arguments: {everyone[0]['plain']} and {description['plain']}"
-                )
+        _check_plain([d["plain"] for d in everyone])
         shards = tuple(d["samples"] for d in everyone)
         fields: dict[str, Any] = {}
         batched = set()
@@ -274,14 +270,25 @@ class Gatherer:
             )
 
 
-def _check_models(told: list[str]) -> None:
+def _first_unlike(told: Sequence[object]) -> int | None:
+    """The first rank that tells something else than rank 0."""
+    return next((rank for rank, other in enumerate(told) if other != told[0]), None)
+
+
+def _check_models(told: Sequence[str]) -> None:
     """Every rank captures and runs its own copy of the model, in the state that the script has left it in."""
-    for rank, other in enumerate(told):
-        if other != told[0]:
-            raise ValueError(
-                f"the model is not in the same state on ranks 0 and {rank}: {told[0]} on rank 0, {other} on rank "
-                f"{rank}; set its mode, attributes and hooks alike on every process"
-            )
+    rank = _first_unlike(told)
+    if rank is not None:
+        raise ValueError(
+            f"the model is not in the same state on ranks 0 and {rank}: {told[0]} on rank 0, {told[rank]} on rank "
+            f"{rank}; set its mode, attributes and hooks alike on every process"
+        )
+
+
+def _check_plain(told: Sequence[Mapping[str, str]]) -> None:
+    rank = _first_unlike(told)
+    if rank is not None:
+        raise ValueError(f"ranks 0 and {rank} pass different arguments: {told[0]} and {told[rank]}")
 
 
 def _agreed_rows(descriptions: list[dict[str, Any]]) -> dict[str, int]:
@@ -306,20 +313,21 @@ def _agreed_rows(descriptions: list[dict[str, Any]]) -> dict[str, int]:
 
 def _check_shared(descriptions: list[dict[str, Any]], batched: Collection[str]) -> None:
     """Raise ValueError where ranks pass other values in a field that all samples share."""
-    for name, value in descriptions[0]["shared"].items():
-        for rank, other in enumerate(descriptions):
-            if name not in batched and other["shared"].get(name) != value:
-                raise ValueError(
-                    f"field '{name}' has no samples, and ranks 0 and {rank} pass other values in it: all samples of "
-                    "the global batch share it. Pass the same on all ranks, or one entry a sample"
-                )
+    for name in descriptions[0]["shared"]:
+        rank = _first_unlike([d["shared"].get(name) for d in descriptions])
+        if name not in batched and rank is not None:
+            raise ValueError(
+                f"field '{name}' has no samples, and ranks 0 and {rank} pass other values in it: all samples of "
+                "the global batch share it. Pass the same on all ranks, or one entry a sample"
+            )
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, str]:
     return {name: repr(value) for name, value in arguments.items() if not isinstance(value, torch.Tensor)}
 
 
-def _digest(value: torch.Tensor) -> str:
+def digest(value: torch.Tensor) -> str:
+    """What tells apart tensors with other values in them."""
     data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
 
@@ -338,7 +346,7 @@ def _describe(batch: Mapping[str, Any], of_samples: Collection[str] = ()) -> dic
     }
     # A mask may hold other numbers than 0 and 1: those of the segments that tokens see.
     full = [k for k in MASK_FIELDS if k in tensors and bool((batch[k] == 1).all())]
-    shared = {k: _digest(batch[k]) for k, (shape, _, has) in tensors.items() if not has or shape[:1] == (1,)}
+    shared = {k: digest(batch[k]) for k, (shape, _, has) in tensors.items() if not has or shape[:1] == (1,)}
     return {
         "samples": samples,
         "rows": rows,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import hashlib
 import types
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from rannc_hf.engine.batch import digest
 
 MODE = "training or evaluation"
 """What the mode of a module is noted as, where it is not that of the whole model."""
@@ -190,13 +191,10 @@ def _kind(thing: Any) -> str:
 
 
 def _contents(tensor: torch.Tensor) -> str:
-    """A digest of what is in a tensor."""
+    """What is in a tensor: its number, or a digest."""
     if tensor.is_meta or type(tensor) is not torch.Tensor or tensor.layout != torch.strided:
         return ""
-    values = tensor.detach().cpu().contiguous().flatten()
-    if not values.dtype.is_complex and values.numel() == 1:
-        return str(values.item())
-    return hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return str(tensor.item()) if tensor.numel() == 1 and not tensor.dtype.is_complex else digest(tensor)
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
