@@ -1,14 +1,15 @@
 """Unmodified scripts under `accelerate launch`: two stages in two processes give what DistributedDataParallel gives."""
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -28,12 +29,14 @@ def start(*command, timeout=240, **environ):
     environ.pop("RANNC_CONFIG", None)
     command = [sys.executable, *map(str, command)]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, env=environ, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    process = subprocess.Popen(command, env=environ, stdout=pipe, stderr=pipe, text=True)
     try:
         output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        # With the processes that the launcher has started.
-        os.killpg(process.pid, signal.SIGKILL)
+        # With the processes that the launcher has started, which have sessions of their own and hold the pipes open.
+        for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
         process.communicate()
         raise
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
@@ -54,14 +57,15 @@ def train_plain(folder, script, *arguments):
     """What it records under DistributedDataParallel."""
     # Without this, accelerate alone would let both processes train on their own.
     environ = {"ACCELERATE_USE_CPU": "true"}
-    try:
-        return train(folder, script, TWO_CPU_PROCESSES, *arguments, timeout=60, **environ)
-    except (subprocess.TimeoutExpired, AssertionError) as error:
-        # Plain processes now and then abort or do not come back when gloo's process group ends, on busy machines.
-        warnings.warn(f"{script} is run under DistributedDataParallel again after: {error}", stacklevel=2)
-        shutil.rmtree(folder)
-        folder.mkdir()
-        return train(folder, script, TWO_CPU_PROCESSES, *arguments, timeout=120, **environ)
+    for _ in range(2):
+        try:
+            return train(folder, script, TWO_CPU_PROCESSES, *arguments, timeout=60, **environ)
+        except (subprocess.TimeoutExpired, AssertionError) as error:
+            # Plain processes now and then abort or do not come back when gloo's process group ends, on busy machines.
+            warnings.warn(f"{script} is run under DistributedDataParallel again after: {error}", stacklevel=2)
+            shutil.rmtree(folder)
+            folder.mkdir()
+    return train(folder, script, TWO_CPU_PROCESSES, *arguments, timeout=120, **environ)
 
 
 def train_both(tmp_path, script, arguments, **options):
