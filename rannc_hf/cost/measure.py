@@ -22,8 +22,10 @@ from rannc_hf.cost.memory import BlockMemory, block_memory
 from rannc_hf.cost.ops import op_name
 from rannc_hf.cost.table import BlockCost, CostTable
 
-_ROUNDS = 3
-"""Timed rounds after one that loads kernels; the fastest counts, because others may have been disturbed."""
+_SETTLE_S = 0.2
+"""How long a GPU is loaded before it is timed: within this it lowers its clocks to its power limit, as in training."""
+_ROUNDS = 5
+"""Timed rounds after that; the fastest counts, because others may have been disturbed."""
 _ROUND_US = 3e4
 """A round repeats a block for about this long: a single run from an idle device would count the host's lead twice."""
 _REPEATS = 20
@@ -133,8 +135,16 @@ def _timed(trial: _Trial, forward: Forward, device: Device) -> tuple[float, floa
         else block_memory(trial.graph, trial.block, trial.samples, cpu=device.is_cpu)
     )
     repeats = _repeats(sum(_times_us(trial, forward, 1)), memory.saved, trial.where)
+    if trial.where.type == "cuda":
+        _settle(trial, forward, repeats)
     rounds = [_times_us(trial, forward, repeats) for _ in range(_ROUNDS)]
     return min(f for f, _ in rounds), min(b for _, b in rounds), memory
+
+
+def _settle(trial: _Trial, forward: Forward, repeats: int) -> None:
+    started = time.perf_counter()
+    while time.perf_counter() - started < _SETTLE_S:
+        _times_us(trial, forward, repeats)
 
 
 def _repeats(time_us: float, saved: int, where: torch.device) -> int:
