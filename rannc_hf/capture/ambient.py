@@ -61,6 +61,16 @@ def autocast_off() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def inference_mode_off() -> Iterator[None]:
+    """Put `torch.no_grad` in the place of inference mode: what is made in that can never be trained with."""
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        yield
+
+
+@contextlib.contextmanager
 def quiet_export() -> Iterator[None]:
     """Keep what export tells of a failure to itself: it prints the whole graph, and a failure is not the end here."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")

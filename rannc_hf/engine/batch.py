@@ -142,6 +142,9 @@ class Gatherer:
                 fields[name] = value
                 continue
             value = value.to(self.device)
+            if value.is_inference():
+                # Neither kept for a backward nor written to outside of inference mode.
+                value = value.clone()
             if name not in shapes:
                 fields[name] = value
                 continue

@@ -83,7 +83,7 @@ class Look:
                 list(map(len, self._tables)) == self._sizes
                 and all(map(is_, chain.from_iterable(map(call, self._getters, self._spaces)), self._objects))
                 and all(now == before for now, before in self._containers)
-                and all(tensor._version == version for tensor, version in self._tensors)
+                and all(version_of(tensor) == version for tensor, version in self._tensors)
             )
         except Exception:
             # An attribute is gone, or cannot be compared.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rannc_hf.capture import Graph
-from rannc_hf.capture.ambient import autocast_off
+from rannc_hf.capture.ambient import autocast_off, inference_mode_off
 from rannc_hf.capture.export import bind_arguments
 from rannc_hf.capture.padding import hides_padding
 from rannc_hf.config import RanncConfig
@@ -137,6 +137,7 @@ class RanncModel(nn.Module):
         return self.plan is not None
 
     @autocast_off()
+    @inference_mode_off()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The loss over the global batch, or all outputs of this rank's own samples: see the class. Collective."""
         if self.training:
@@ -166,6 +167,7 @@ class RanncModel(nn.Module):
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         return training_output(runtime.graph, Publish.apply(anchor, loss, self, self._steps))
 
+    @inference_mode_off()
     def partition(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan and place the parameters now, for batches like this one, without training on it. Collective.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rannc_hf.capture.ambient import inference_mode_off
 from rannc_hf.capture.state import state_is_lent
 from rannc_hf.cost.devices import GIB
 from rannc_hf.cost.machine import free_memory
@@ -84,7 +85,8 @@ class Whole:
         self._depth += 1
         try:
             if outermost:
-                self._lend(loans)
+                with inference_mode_off():
+                    self._lend(loans)
             with torch.no_grad():
                 yield
         finally:

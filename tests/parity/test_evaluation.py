@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
-from tests.parity.harness import difference, loss_of, on_ranks, planner, shards
+from tests.parity.harness import difference, loss_of, on_ranks, optimizer_of, planner, shards
 from tests.parity.models import CASES, Batch
+from tests.parity.test_opaque import batch_of, net
 
 
 def tensors(outputs: Any) -> list[torch.Tensor]:
@@ -135,3 +137,39 @@ def test_every_mean_over_samples_is_added_up(replicas: tuple[int, ...]):
         assert set(outputs) == {"loss", "size"}
         for name, value in expected.items():
             assert abs(outputs[name] - value).item() <= 1e-12, name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["bert", "opaque"])
+def test_inference_mode_leaves_nothing_behind_that_cannot_be_trained(name: str, ranks: int):
+    """Evaluated first, with batches made in inference mode, as a loop inside of it makes them; those train too."""
+    model = net("experts", "recurrent") if name == "opaque" else CASES[name].model()
+    batch = batch_of(6) if name == "opaque" else CASES[name].batch_as(6)
+
+    def follow(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, plain: bool) -> Any:
+        evaluated, losses = [], []
+        with torch.inference_mode():
+            made = {k: v.clone() for k, v in batch.items()}
+        for _ in range(2):
+            model.eval()
+            with torch.inference_mode():
+                evaluated.append(tensors(model(**made))[1].clone())
+            model.train()
+            for given in (batch, batch if plain else made):
+                loss = model(**given)[0]
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        return evaluated, losses
+
+    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> Any:
+        return follow(wrapped, optimizer, shards(batch, ranks)[rank], plain=False)
+
+    results = on_ranks(model, ranks, planner((1,) * ranks, ranks), run)
+    plain = copy.deepcopy(model)
+    evaluated, losses = follow(plain, optimizer_of(plain), batch, plain=True)
+    for _, found in results:
+        assert found == pytest.approx(losses, abs=1e-9)
+    for expected, parts in zip(evaluated, zip(*(parts for parts, _ in results))):
+        assert difference(torch.cat(parts), expected, 1e-9) < 1e-7
