@@ -78,6 +78,7 @@ def capture(
         CaptureError: the message names the operation, the module it is in, and what to try.
         ValueError: for a batch without samples, or one whose fields disagree.
     """
+    _refuse_scripts(model)
     inputs = _arguments(model, batch)
     if folded is None:
         _, rows = rows_of(inputs)
@@ -100,6 +101,15 @@ def capture(
         attempt = partial(_captured, model, batch, training, loss, partial(answer, inputs, total), export, folded)
         graph = with_regions(model, inputs, total, dtype, attempt)
     return guarded(graph, inputs, total, folded)
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"module '{path}' ({type(module).__name__}) is TorchScript, which hides its operations and parameters: "
+                "pass the Python module that it was made from"
+            )
 
 
 def _captured(

@@ -115,7 +115,8 @@ class Look:
         """Note the attributes in `space`; yields what may be a config."""
         own = self._own
         names = [n for n in space if n not in _INTERNAL and not n.startswith(_NOT_OURS) and f"{prefix}{n}" not in own]
-        self._compared(space, (*names, "training") if "_modules" in space else names)
+        # Some modules tell the mode of another one (those that `torch.compile` makes), which is compared itself.
+        self._compared(space, (*names, "training") if "training" in space and "_modules" in space else names)
         for name in names:
             value = space[name]
             if isinstance(value, torch.Tensor):

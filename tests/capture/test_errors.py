@@ -173,6 +173,20 @@ def test_parameters_without_shapes():
     assert "run the model on one batch" in message_of(nn.Sequential(nn.LazyLinear(4)), {"input": numbers()})
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.head(self.inner(x)).mean()
+
+    with pytest.raises(CaptureError, match=r"module 'inner' \(RecursiveScriptModule\) is TorchScript.*Python module"):
+        capture(Model(), {"x": torch.randn(3, 4)})
+
+
 def test_higher_order_operations():
     def body(net: Net, x: torch.Tensor) -> torch.Tensor:
         return torch.cond((x > 0).all(), lambda h: h.sin(), lambda h: h.cos(), (net.first(x),)).mean()

@@ -90,6 +90,19 @@ def test_checkpointing_by_the_model_is_not_used(monkeypatch: pytest.MonkeyPatch)
     assert all(m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing"))
 
 
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_layers_that_the_user_compiles(how: str):
+    case = CASES["bert"]
+    model = case.model()
+    layers = model.bert.encoder.layer
+    for i, layer in enumerate(layers):
+        if how == "wrapped":
+            layers[i] = torch.compile(layer, backend="eager")
+        else:
+            layer.compile(backend="eager")
+    check(model, case.batch_as(5), (1, 1), steps=2)
+
+
 def sharded(batch: Batch, ranks: int, rank: int) -> Batch:
     """A rank's part; the last ranks have none of a small batch."""
     samples = len(next(iter(batch.values())))
