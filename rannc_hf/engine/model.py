@@ -94,7 +94,7 @@ class RanncModel(nn.Module):
         self.graph: Graph | None = None
         self.store: ParameterStore | None = None
         self.meter = Meter()
-        self.optimizers = OptimizerMap(dict(module.named_parameters()))
+        self.optimizers = OptimizerMap(dict(module.named_parameters()), self.transport.world_size)
         model_config = getattr(module, "config", None)
         self._gatherer = Gatherer(
             self.transport,

@@ -15,7 +15,9 @@ class OptimizerMap:
     parameters that other ranks hold.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], ranks: int = 1) -> None:
+        """`ranks`: over how many ranks the parameters will be spread."""
+        self._ranks = ranks
         self._names = {id(p): name for name, p in parameters.items()}
         self._optimizers: list[torch.optim.Optimizer] = []
         self._order: list[list[list[str]]] = []
@@ -39,7 +41,16 @@ class OptimizerMap:
         return self._order[self._optimizers.index(optimizer)]
 
     def register(self, optimizer: torch.optim.Optimizer) -> None:
-        """Edit `optimizer` at the partition, or now if that has been."""
+        """Edit `optimizer` at the partition, or now if that has been.
+
+        Raises:
+            ValueError: for LBFGS on several ranks. Its directions and step sizes come from all parameters at once.
+        """
+        if isinstance(optimizer, torch.optim.LBFGS) and self._ranks > 1:
+            raise ValueError(
+                "LBFGS takes its directions from all parameters at once, of which each process holds a part: use an "
+                "optimizer that treats each parameter by itself (AdamW, SGD, Adafactor, ...), or one process"
+            )
         if optimizer in self._optimizers:
             return
         self._optimizers.append(optimizer)

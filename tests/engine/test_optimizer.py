@@ -1,5 +1,6 @@
 """Optimizers that were made before the partition."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -17,3 +18,11 @@ def test_states_made_with_the_optimizer_follow_the_parameter():
     assert list(optimizer.state) == optimizer.param_groups[0]["params"] == [kept]
     state = optimizer.state[kept]
     assert (state["sum"].device.type, state["step"].device.type, state["count"]) == ("meta", "cpu", 2)
+
+
+def test_optimizers_that_look_at_all_parameters_are_for_one_rank():
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.LBFGS([parameter])
+    OptimizerMap({"p": parameter}).register(optimizer)
+    with pytest.raises(ValueError, match="LBFGS takes its directions from all parameters.*AdamW"):
+        OptimizerMap({"p": parameter}, ranks=2).register(optimizer)
