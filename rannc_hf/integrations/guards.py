@@ -14,6 +14,7 @@ import torch
 from accelerate import local_sgd
 from accelerate.utils import memory
 from torch.nn.utils import clip_grad
+from torch.optim import swa_utils
 
 from rannc_hf.engine import RanncModel
 
@@ -25,13 +26,18 @@ def watch(model: RanncModel) -> None:
     _models.add(model)
 
 
-def _in_parts(parameters: list[torch.Tensor]) -> bool:
-    """Whether any of `parameters` is of a model of which this process holds a part; it may hold none."""
-    given = {id(p) for p in parameters}
+def _in_parts(tensors: list[torch.Tensor]) -> bool:
+    """Whether any of `tensors` is a parameter, or its gradient, of a model of which this process holds a part.
+
+    It may hold none, so that without any it is taken to be so.
+    """
+    given = {id(t) for t in tensors}
     for model in _models:
-        if model.store is not None and len(model.store.owned) < len(model.store.originals):
-            known = any(id(p) in given for p in model.store.originals.values())
-            if known or not parameters:
+        if model.store is None or model.is_whole:
+            continue
+        if len(model.store.owned) < len(model.store.originals):
+            known = any(id(p) in given or id(p.grad) in given for p in model.store.originals.values())
+            if known or not tensors:
                 return True
     return False
 
@@ -47,12 +53,45 @@ def _guarded_clip_grad_norm(
     if _in_parts(given):
         raise ValueError(
             "torch.nn.utils.clip_grad_norm_ would take the norm of the gradients on this process alone, which holds a "
-            "part of the model; write accelerator.clip_grad_norm_(model.parameters(), max_norm), on every process"
+            "part of the model; write accelerator.clip_grad_norm_(model.parameters(), max_norm), or without Accelerate "
+            "model.clip_grad_norm_(max_norm), on every process"
         )
     return _clip_grad_norm(given, *args, **kwargs)
 
 
 torch.nn.utils.clip_grad_norm_ = clip_grad.clip_grad_norm_ = _guarded_clip_grad_norm
+
+_get_total_norm = torch.nn.utils.get_total_norm
+
+
+@functools.wraps(_get_total_norm)
+def _guarded_get_total_norm(tensors: torch.Tensor | Iterable[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    if _in_parts(given):
+        raise ValueError(
+            "torch.nn.utils.get_total_norm would take the norm on this process alone, which holds a part of the model; "
+            "accelerator.clip_grad_norm_(model.parameters(), float('inf')), or without Accelerate "
+            "model.clip_grad_norm_(float('inf')), on every process, returns that of all"
+        )
+    return _get_total_norm(given, *args, **kwargs)
+
+
+torch.nn.utils.get_total_norm = _guarded_get_total_norm
+
+_update_average = swa_utils.AveragedModel.update_parameters
+
+
+@functools.wraps(_update_average)
+def _guarded_update_average(self: Any, model: torch.nn.Module) -> None:
+    if _in_parts(list(model.parameters())):
+        raise ValueError(
+            "AveragedModel.update_parameters pairs parameters in their order, but this process holds a part of them; "
+            "write `with model.whole(): average.update_parameters(model.module)`, on every process"
+        )
+    _update_average(self, model)
+
+
+swa_utils.AveragedModel.update_parameters = _guarded_update_average  # type: ignore[method-assign]
 
 
 _should_reduce_batch_size = memory.should_reduce_batch_size

@@ -13,6 +13,7 @@ from torch import nn
 
 from rannc_hf.config import RanncConfig
 from rannc_hf.engine import RanncModel
+from rannc_hf.integrations.guards import watch
 from rannc_hf.report.console import print_plan
 
 ExampleBatch = Mapping[str, Any] | Sequence[Any] | torch.Tensor
@@ -96,6 +97,7 @@ def parallelize(
     on_plan = print_plan if show_plan else None
     compute_dtype = None if dtype is torch.float32 else dtype
     wrapped = RanncModel(model, config, device=chosen, compute_dtype=compute_dtype, on_plan=on_plan)
+    watch(wrapped)
     if optimizer is not None:
         _connect(wrapped, optimizer)
     if example_batch is not None:

@@ -24,5 +24,5 @@ def test_optimizers_that_look_at_all_parameters_are_for_one_rank():
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.LBFGS([parameter])
     OptimizerMap({"p": parameter}).register(optimizer)
-    with pytest.raises(ValueError, match="LBFGS takes its directions from all parameters.*AdamW"):
+    with pytest.raises(ValueError, match=r"LBFGS takes its directions from all parameters.*AdamW"):
         OptimizerMap({"p": parameter}, ranks=2).register(optimizer)

@@ -10,6 +10,7 @@ import torch
 from accelerate.local_sgd import LocalSGD
 from accelerate.utils import find_executable_batch_size
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rannc_hf.engine import RanncModel
 from rannc_hf.engine.transport import LocalWorld, Transport
@@ -48,11 +49,53 @@ def test_the_norm_of_a_part_is_refused(replicas: tuple[int, ...], refused: bool)
         assert all("accelerator.clip_grad_norm_(model.parameters(), max_norm)" in text for text in problems)
 
 
+@pytest.mark.parametrize(("replicas", "refused"), [((1, 1), True), ((2,), False)], ids=str)
+def test_norms_and_averages_of_a_part_are_refused(replicas: tuple[int, ...], refused: bool):
+    model, parts = Chain(), shards({"inputs": torch.ones(4, 4)}, 2)
+
+    def run(transport: Transport) -> tuple[list[str], float]:
+        inner, average = copy.deepcopy(model), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+        wrapped = RanncModel(inner, EXACT_LENGTHS, device=CPU, transport=transport, planner=planner(replicas, 2))
+        watch(wrapped)
+        optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+        wrapped.register_optimizer(optimizer)
+        wrapped(**parts[transport.rank]).backward()
+        problems = []
+        for call in (
+            lambda: torch.nn.utils.get_total_norm([p.grad for p in inner.parameters() if p.grad is not None]),
+            lambda: average.update_parameters(wrapped),
+            lambda: average.update_parameters(inner),
+        ):
+            try:
+                call()
+            except ValueError as error:
+                problems.append(str(error))
+        average.n_averaged.zero_()
+        for _ in range(2):
+            with wrapped.whole():
+                average.update_parameters(inner)
+            optimizer.step()
+        return problems, sum(p.double().sum().item() for p in average.parameters())
+
+    plain, expected = copy.deepcopy(model), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    plain(torch.ones(4, 4)).backward()
+    for _ in range(2):
+        expected.update_parameters(plain)
+        optimizer.step()
+    total = sum(p.double().sum().item() for p in expected.parameters())
+    for problems, found in LocalWorld(2).run(run):
+        assert len(problems) == (3 if refused else 0)
+        assert not refused or ("float('inf')" in problems[0] and "model.whole()" in problems[1])
+        assert found == pytest.approx(total, rel=1e-6)
+
+
 def test_other_models_are_clipped_as_ever():
     layer = nn.Linear(2, 2)
     layer(torch.ones(1, 2)).sum().backward()
+    total = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters() if p.grad is not None])
     norm = torch.nn.utils.clip_grad_norm_(layer.parameters(), max_norm=0.5)
-    assert norm > 0.5
+    assert norm == total > 0.5
     assert torch.nn.utils.clip_grad_norm_(layer.weight, 10.0) <= 0.5
 
 
