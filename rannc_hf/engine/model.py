@@ -244,7 +244,7 @@ class RanncModel(nn.Module):
         plan = plan_agreed(self.transport, graph, self.config, batch.samples, planner)
         self.store = ParameterStore(self.module, graph, plan, self.transport, self.device, self.compute_dtype)
         state.move_buffers(self.module, self.transport, self.device)
-        state.guard_state_dict(self.module)
+        state.guard_state_dict(self.module, self.store)
         self._whole.partitioned(self.store)
         self._watched.place(self.store.originals)
         self._state = self._watched.look(lent=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from rannc_hf.capture.state import state_is_lent
 from rannc_hf.engine.deferred import value_of
 from rannc_hf.engine.parameters.store import ParameterStore
 from rannc_hf.engine.transport import Transport
@@ -24,12 +26,14 @@ def move_buffers(model: nn.Module, transport: Transport, device: torch.device) -
         model.get_submodule(owner)._buffers[key] = value
 
 
-def guard_state_dict(model: nn.Module) -> None:
+def guard_state_dict(model: nn.Module, store: ParameterStore) -> None:
     """Make `model.state_dict()` fail with the line to change: this rank holds only a part of the parameters.
 
-    Called on one rank alone (`if accelerator.is_main_process: ...`), a gather would wait for ever.
+    Called on one rank alone (`if accelerator.is_main_process: ...`), a gather would wait for ever. So do those of its
+    parts of which this rank lacks parameters, where it does not have them for a while (`whole`).
     """
-    original = model.state_dict
+    original, reading = model.state_dict, _Reading()
+    lacking = {id(p) for name, p in store.originals.items() if name not in store.owned}
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
@@ -40,8 +44,35 @@ def guard_state_dict(model: nn.Module) -> None:
             "    accelerator.unwrap_model(model).save_pretrained(directory)"
         )
 
-    object.__setattr__(model, "_rannc_state_dict", original)
+    def refuse_part(part: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if not (reading.on or store.lent or state_is_lent()):
+            raise RuntimeError(
+                f"this process lacks parameters of this {type(part).__name__}, so that its state_dict(), and that of "
+                "what it is a part of, cannot work. Take what you need out of the whole state, which every process "
+                "(not under `if accelerator.is_main_process`) asks for by\n"
+                "    state = accelerator.get_state_dict(model)\n"
+                "    encoder = {k.removeprefix('bert.'): v for k, v in state.items() if k.startswith('bert.')}"
+            )
+
+    def read() -> dict[str, Any]:
+        reading.on = True
+        try:
+            state: dict[str, Any] = original()
+        finally:
+            reading.on = False
+        return state
+
+    for part in model.modules():
+        if any(id(p) in lacking for p in part._parameters.values()):
+            part.register_state_dict_pre_hook(refuse_part)
+    object.__setattr__(model, "_rannc_state_dict", read)
     object.__setattr__(model, "state_dict", refuse)
+
+
+class _Reading(threading.local):
+    """Whether this thread asks for names, shapes and buffers alone."""
+
+    on = False
 
 
 def whole(model: nn.Module) -> dict[str, torch.Tensor]:

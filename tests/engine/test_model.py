@@ -83,6 +83,33 @@ def test_saving_from_one_rank_fails_with_the_line_to_change():
     on_ranks(CASE.model(), 2, planner((1, 1), 2), run)
 
 
+def test_the_state_of_a_part_is_its_own_or_none():
+    """`unwrapped.bert.save_pretrained(...)` would save what a rank does not hold, which is NaN where it is read."""
+    case = CASES["bert"]
+    parts = shards(case.batch_as(4), 2)
+
+    def run(wrapped: RanncModel, optimizer: torch.optim.Optimizer, rank: int) -> tuple[list[str], list[str]]:
+        loss_of(wrapped(**parts[rank])).backward()
+        optimizer.step()
+        held, whole, refused = {id(p) for p in wrapped.parameters()}, wrapped.full_state_dict(), []
+        for name, part in wrapped.module.named_modules():
+            if name and all(id(p) in held for p in part.parameters()):
+                assert rank or all(torch.equal(v, whole[f"{name}.{n}"]) for n, v in part.state_dict().items())
+            elif name:
+                with pytest.raises(RuntimeError, match=r"lacks parameters of this .*\n.*accelerator.get_state_dict"):
+                    part.state_dict()
+                refused.append(name)
+        assert all(p.isnan().all() != (id(p) in held) for p in wrapped.module.parameters())
+        with wrapped.whole():
+            state = wrapped.module.bert.state_dict()
+            assert rank or all(torch.equal(whole[f"bert.{name}"], value) for name, value in state.items())
+        return refused, list(whole)
+
+    (first, names), (second, none) = on_ranks(case.model(), 2, planner((1, 1), 2), run)
+    assert "bert" in {*first} & {*second} and set(first) != set(second)
+    assert set(names) == set(case.model().state_dict()) and none == []
+
+
 def test_whole_states_are_gathered_and_loaded():
     parts = shards(CASE.batch_as(4), 2)
     other = {k: v + 1 for k, v in CASE.model().state_dict().items()}

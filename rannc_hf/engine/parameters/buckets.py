@@ -160,8 +160,12 @@ def computed_in(dtype: torch.dtype, compute_dtype: torch.dtype | None) -> torch.
 
 
 def empty(parameter: nn.Parameter, device: torch.device) -> None:
-    """Free the memory of a parameter that another rank owns; its shape stays readable, scalars' too."""
-    one = torch.ones([1] * parameter.dim(), dtype=parameter.dtype, device=device)
+    """Free the memory of a parameter that another rank owns; its shape stays readable, scalars' too.
+
+    Read by mistake it is NaN, which shows in whatever is made of it; a number would look like a weight.
+    """
+    value = float("nan") if parameter.dtype.is_floating_point or parameter.dtype.is_complex else 1
+    one = torch.full([1] * parameter.dim(), value, dtype=parameter.dtype, device=device)
     become(parameter, one.expand(parameter.shape))
 
 
