@@ -106,8 +106,9 @@ def capture(
 def _refuse_scripts(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
+            name = f"module '{path}'" if path else "the model"
             raise CaptureError(
-                f"module '{path}' ({type(module).__name__}) is TorchScript, which hides its operations and parameters: "
+                f"{name} ({type(module).__name__}) is TorchScript, which hides its operations and parameters: "
                 "pass the Python module that it was made from"
             )
 

@@ -48,7 +48,7 @@ class OptimizerMap:
         """
         if isinstance(optimizer, torch.optim.LBFGS) and self._ranks > 1:
             raise ValueError(
-                "LBFGS takes its directions from all parameters at once, of which each process holds a part: use an "
+                "LBFGS takes its directions from all parameters at once, of which a process may hold a part: use an "
                 "optimizer that treats each parameter by itself (AdamW, SGD, Adafactor, ...), or one process"
             )
         if optimizer in self._optimizers:
