@@ -27,6 +27,12 @@ def rows(net: Net, x: torch.Tensor) -> torch.Tensor:
 
 RECURRENT = nn.LSTM(WIDTH, WIDTH, dtype=torch.float64)
 MIXING: dict[str, Body] = {
+    "gradients by frequency": lambda net, x: F.embedding(
+        (x[..., 0] > 0).long(), net.second.weight, scale_grad_by_freq=True
+    ),
+    "gradients of bags by frequency": lambda net, x: F.embedding_bag(
+        (x[..., 0] > 0).long(), net.second.weight, mode="sum", scale_grad_by_freq=True
+    ),
     "softmax": lambda net, x: rows(net, x).softmax(0),
     "log_softmax": lambda net, x: F.log_softmax(rows(net, x), dim=-3),
     "cumsum": lambda net, x: rows(net, x).cumsum(0),

@@ -43,6 +43,8 @@ def check_independent(
         if node.op == "call_function" and node not in local:
             _check_statistics(node, training)
             _check_dimensions(node)
+            if training:
+                _check_backward(node)
     check_order(graph, preamble, local)
 
 
@@ -81,6 +83,15 @@ def _check_statistics(node: fx.Node, training: bool) -> None:
         raise CaptureError(
             f"instance normalisation with running statistics ({where(node)}) is not supported: set "
             "track_running_stats=False"
+        )
+
+
+def _check_backward(node: fx.Node) -> None:
+    """Refuse the operations whose backward alone mixes samples: embeddings that count."""
+    if argument(node, "scale_grad_by_freq") is True:
+        raise CaptureError(
+            f"{node.target} in {where(node)} divides gradients by how often an entry is in the batch "
+            "(scale_grad_by_freq=True), and rannc splits the samples of the batch: leave it out"
         )
 
 
