@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rannc_hf.engine import RanncModel
+from rannc_hf.engine.state import read
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ def names_of(model: RanncModel) -> ModelNames:
 
 def whole_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """The module's state dict, also where calling `state_dict` is refused; emptied parameters have their shapes."""
-    state = getattr(module, "_rannc_state_dict", module.state_dict)()
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return {key: value for key, value in read(module).items() if isinstance(value, torch.Tensor)}
 
 
 def own_tensors(model: RanncModel, names: ModelNames, *, writing: bool) -> dict[str, torch.Tensor]:

@@ -16,9 +16,7 @@ from rannc_hf.checkpoint.names import names_of, own_tensors
 from rannc_hf.checkpoint.parts import PartWriter, contents, grouped, is_transformers_model, merge
 from rannc_hf.checkpoint.together import Together
 from rannc_hf.engine import RanncModel
-
-ORIGINAL = "_rannc_save_pretrained"
-"""Attribute of a module that holds its `save_pretrained` where that has been replaced."""
+from rannc_hf.engine.attached import original
 
 
 def save_pretrained(
@@ -82,8 +80,9 @@ def _part_writer(
     aliases = names_of(model).aliases
     if weights_only or not is_transformers_model(module):
         return PartWriter(None, None, aliases, {})
-    save = getattr(module, ORIGINAL, None) or module.save_pretrained
-    return PartWriter(module, save, aliases, {**options, "max_shard_size": max_shard_size})
+    return PartWriter(
+        module, original(module, "save_pretrained"), aliases, {**options, "max_shard_size": max_shard_size}
+    )
 
 
 def _sizes(model: RanncModel) -> dict[str, int]:

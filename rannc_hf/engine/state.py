@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rannc_hf.capture.state import state_is_lent
+from rannc_hf.engine.attached import Attached, NoPickle, original
 from rannc_hf.engine.deferred import value_of
 from rannc_hf.engine.parameters.store import ParameterStore
 from rannc_hf.engine.transport import Transport
@@ -32,8 +33,6 @@ def guard_state_dict(model: nn.Module, store: ParameterStore) -> None:
     Called on one rank alone (`if accelerator.is_main_process: ...`), a gather would wait for ever. So do those of its
     parts of which this rank lacks parameters, where it does not have them for a while (`whole`).
     """
-    original, reading = model.state_dict, _Reading()
-    lacking = {id(p) for name, p in store.originals.items() if name not in store.owned}
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
@@ -44,8 +43,22 @@ def guard_state_dict(model: nn.Module, store: ParameterStore) -> None:
             "    accelerator.unwrap_model(model).save_pretrained(directory)"
         )
 
-    def refuse_part(part: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if not (reading.on or store.lent or state_is_lent()):
+    lacking = {id(p) for name, p in store.originals.items() if name not in store.owned}
+    guard = _PartGuard(store)
+    for part in model.modules():
+        if any(id(p) in lacking for p in part._parameters.values()):
+            part.register_state_dict_pre_hook(guard)
+    Attached(model, "state_dict", refuse)
+
+
+class _PartGuard:
+    """Hook of parts that this rank lacks parameters of, before their state is taken. A copy made in `whole` has all."""
+
+    def __init__(self, store: ParameterStore | None) -> None:
+        self._store = store
+
+    def __call__(self, part: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if not (self._store is None or self._store.lent or state_is_lent() or _reading.on):
             raise RuntimeError(
                 f"this process lacks parameters of this {type(part).__name__}, so that its state_dict(), and that of "
                 "what it is a part of, cannot work. Take what you need out of the whole state, which every process "
@@ -54,25 +67,38 @@ def guard_state_dict(model: nn.Module, store: ParameterStore) -> None:
                 "    encoder = {k.removeprefix('bert.'): v for k, v in state.items() if k.startswith('bert.')}"
             )
 
-    def read() -> dict[str, Any]:
-        reading.on = True
-        try:
-            state: dict[str, Any] = original()
-        finally:
-            reading.on = False
-        return state
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PartGuard:
+        if self._store is not None and not self._store.lent:
+            raise RuntimeError(
+                "this process lacks parameters of the model, so that it cannot be copied; on every process, write\n"
+                "    with model.whole():\n"
+                "        copied = copy.deepcopy(accelerator.unwrap_model(model))"
+            )
+        return _PartGuard(None)
 
-    for part in model.modules():
-        if any(id(p) in lacking for p in part._parameters.values()):
-            part.register_state_dict_pre_hook(refuse_part)
-    object.__setattr__(model, "_rannc_state_dict", read)
-    object.__setattr__(model, "state_dict", refuse)
+    def __reduce__(self) -> Any:
+        if self._store is not None:
+            raise NoPickle
+        return _PartGuard, (None,)
 
 
 class _Reading(threading.local):
     """Whether this thread asks for names, shapes and buffers alone."""
 
     on = False
+
+
+_reading = _Reading()
+
+
+def read(model: nn.Module) -> dict[str, Any]:
+    """The model's state dict by names and shapes, with its buffers; what this rank lacks has no values."""
+    _reading.on = True
+    try:
+        state: dict[str, Any] = original(model, "state_dict")()
+    finally:
+        _reading.on = False
+    return state
 
 
 def whole(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -111,7 +137,7 @@ def gather(
     names = {id(p): name for name, p in store.originals.items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     result = {}
-    for key, value in model._rannc_state_dict().items():  # type: ignore[operator]
+    for key, value in read(model).items():
         if key not in parameters:
             result[key] = value.detach().cpu()
         elif (name := names[id(parameters[key])]) in values:
@@ -124,7 +150,7 @@ def load(model: nn.Module, store: ParameterStore | None, values: Mapping[str, to
     if store is None:
         model.load_state_dict(values)
         return
-    expected = model._rannc_state_dict()  # type: ignore[operator]
+    expected = read(model)
     names = {id(p): name for name, p in store.originals.items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = [key for key in expected if key not in values]

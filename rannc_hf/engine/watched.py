@@ -19,6 +19,7 @@ from torch import nn
 
 from rannc_hf.capture import Graph
 from rannc_hf.capture.state import state_is_lent
+from rannc_hf.engine.attached import Hook
 from rannc_hf.engine.looks import MODE, Look, Names
 
 _TOLD = 3
@@ -113,8 +114,8 @@ class Watched:
                 self._refresh()
 
         handles = [
-            self._module.register_forward_pre_hook(enter, prepend=True),
-            self._module.register_forward_hook(leave),
+            self._module.register_forward_pre_hook(Hook(enter), prepend=True),
+            self._module.register_forward_hook(Hook(leave)),
         ]
         self._hooks |= {handle.id for handle in handles}
         self._runs_alone = True

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from rannc_hf.engine import RanncModel
+from rannc_hf.engine.attached import Attached, is_attached
 from rannc_hf.integrations.meeting import meet
 
-_ATTACHED = "_rannc_generate"
 _LINE = "tokens = accelerator.unwrap_model(model).generate(...)"
 
 
@@ -19,7 +19,7 @@ def attach_generate(model: RanncModel) -> None:
     """
     module = model.module
     original: Any = getattr(module, "generate", None)
-    if original is None or hasattr(module, _ATTACHED):
+    if original is None or is_attached(module, "generate"):
         return
 
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -30,5 +30,4 @@ def attach_generate(model: RanncModel) -> None:
             given = model.cast_inputs({str(i): value for i, value in enumerate(args)})
             return original(*given.values(), **model.cast_inputs(kwargs))
 
-    object.__setattr__(module, _ATTACHED, original)
-    object.__setattr__(module, "generate", generate)
+    Attached(module, "generate", generate)

@@ -21,8 +21,8 @@ from torch import nn
 from rannc_hf.checkpoint import Staging, latest, load_from, read_manifest, save_into, save_pretrained, staged
 from rannc_hf.checkpoint.directory import find
 from rannc_hf.checkpoint.parts import is_transformers_model
-from rannc_hf.checkpoint.pretrained import ORIGINAL
 from rannc_hf.engine import RanncModel
+from rannc_hf.engine.attached import Attached, is_attached
 from rannc_hf.integrations.adapters import saved_names
 from rannc_hf.integrations.meeting import meet
 
@@ -227,7 +227,7 @@ def attach_save_pretrained(model: RanncModel) -> None:
     """
     module = model.module
     original = getattr(module, "save_pretrained", None)
-    if original is None or hasattr(module, ORIGINAL):
+    if original is None or is_attached(module, "save_pretrained"):
         return
 
     def save(save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -247,5 +247,4 @@ def attach_save_pretrained(model: RanncModel) -> None:
             original(save_directory, is_main_process=True, state_dict=state, **options)
         return model.transport.barrier(line)
 
-    object.__setattr__(module, ORIGINAL, original)
-    object.__setattr__(module, "save_pretrained", save)
+    Attached(module, "save_pretrained", save)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from rannc_hf.engine import RanncModel
 from rannc_hf.integrations.generation import attach_generate
+from rannc_hf.integrations.saving import attach_save_pretrained
 from tests.parity.harness import loss_of, on_ranks, planner, shards
 from tests.parity.models import CASES
 
@@ -71,3 +74,38 @@ def test_in_one_process_alone_it_is_an_error_at_once():
     alone, other = on_two_stages(run)
     assert "tokens = accelerator.unwrap_model(model).generate(...)" in alone and "is_main_process" in alone
     assert "rank 0 is at accelerator.unwrap_model(model).generate" in other
+
+
+def test_a_copy_generates_and_saves_by_itself(tmp_path: Path):
+    """An average of the weights, made before the first batch or inside `whole`, is a model of its own."""
+
+    def run(wrapped: RanncModel, rank: int, part: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        attach_save_pretrained(wrapped)
+        module: Any = wrapped.module
+        copies = [copy.deepcopy(module)]
+        loss_of(wrapped(**part)).backward()
+        with pytest.raises(RuntimeError, match=r"with model.whole\(\):"):
+            copy.deepcopy(module)
+        with pytest.raises(TypeError, match="cannot be pickled"):
+            torch.save(module, io.BytesIO())
+        with wrapped.whole():
+            copies.append(copy.deepcopy(module))
+        found = []
+        for i, copied in enumerate(copies):
+            with torch.no_grad():
+                for parameter in copied.parameters():
+                    parameter.mul_(1.5)
+            copied.save_pretrained(folder := tmp_path / f"{rank}{i}")
+            again = type(copied).from_pretrained(folder).eval()
+            assert all(torch.equal(v, copied.state_dict()[name]) for name, v in again.state_dict().items())
+            torch.save(copied, io.BytesIO())
+            found += [copied.eval().generate(**prompts(0), **OPTIONS), again.generate(**prompts(0), **OPTIONS)]
+        return found
+
+    plain: Any = copy.deepcopy(CASES["gpt2"].model()).eval()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.5)
+    wanted = plain.generate(**prompts(0), **OPTIONS)
+    for results in on_two_stages(run):
+        assert all(torch.equal(found, wanted) for found in results)
