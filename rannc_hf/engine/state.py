@@ -52,34 +52,33 @@ def guard_state_dict(model: nn.Module, store: ParameterStore) -> None:
 
 
 class _PartGuard:
-    """Hook of parts that this rank lacks parameters of, before their state is taken. A copy made in `whole` has all."""
+    """Hook of parts that this rank lacks parameters of, before their state is taken.
 
-    def __init__(self, store: ParameterStore | None) -> None:
-        self._store = store
+    A copy that is made in `whole` has all of them; one made elsewhere lacks them for good.
+    """
+
+    def __init__(self, store: ParameterStore | None, lacking: bool = True) -> None:
+        self._store, self._lacking = store, lacking
 
     def __call__(self, part: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if not (self._store is None or self._store.lent or state_is_lent() or _reading.on):
+        lent = self._store is not None and self._store.lent
+        if self._lacking and not (lent or state_is_lent() or _reading.on):
             raise RuntimeError(
                 f"this process lacks parameters of this {type(part).__name__}, so that its state_dict(), and that of "
                 "what it is a part of, cannot work. Take what you need out of the whole state, which every process "
                 "(not under `if accelerator.is_main_process`) asks for by\n"
                 "    state = accelerator.get_state_dict(model)\n"
-                "    encoder = {k.removeprefix('bert.'): v for k, v in state.items() if k.startswith('bert.')}"
+                "    encoder = {k.removeprefix('bert.'): v for k, v in state.items() if k.startswith('bert.')}\n"
+                "and copy the model inside `with model.whole():`"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PartGuard:
-        if self._store is not None and not self._store.lent:
-            raise RuntimeError(
-                "this process lacks parameters of the model, so that it cannot be copied; on every process, write\n"
-                "    with model.whole():\n"
-                "        copied = copy.deepcopy(accelerator.unwrap_model(model))"
-            )
-        return _PartGuard(None)
+        return _PartGuard(None, self._lacking and not (self._store is not None and self._store.lent))
 
     def __reduce__(self) -> Any:
-        if self._store is not None:
+        if self._lacking:
             raise NoPickle
-        return _PartGuard, (None,)
+        return _PartGuard, (None, False)
 
 
 class _Reading(threading.local):
