@@ -60,9 +60,11 @@ class _PartGuard:
     def __init__(self, store: ParameterStore | None, lacking: bool = True) -> None:
         self._store, self._lacking = store, lacking
 
+    def _lacks(self) -> bool:
+        return self._lacking and not (self._store is not None and self._store.lent)
+
     def __call__(self, part: nn.Module, prefix: str, keep_vars: bool) -> None:
-        lent = self._store is not None and self._store.lent
-        if self._lacking and not (lent or state_is_lent() or _reading.on):
+        if self._lacks() and not (state_is_lent() or _reading.on):
             raise RuntimeError(
                 f"this process lacks parameters of this {type(part).__name__}, so that its state_dict(), and that of "
                 "what it is a part of, cannot work. Take what you need out of the whole state, which every process "
@@ -73,7 +75,7 @@ class _PartGuard:
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PartGuard:
-        return _PartGuard(None, self._lacking and not (self._store is not None and self._store.lent))
+        return _PartGuard(None, self._lacks())
 
     def __reduce__(self) -> Any:
         if self._lacking:

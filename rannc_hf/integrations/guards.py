@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,41 +42,31 @@ def _in_parts(tensors: list[torch.Tensor]) -> bool:
     return False
 
 
-_clip_grad_norm = clip_grad.clip_grad_norm_
+def _guarded(norm: Callable[..., torch.Tensor], advice: str) -> Callable[..., torch.Tensor]:
+    """`norm` of parameters or gradients, refused with `advice` where they are a part of a model's."""
+
+    @functools.wraps(norm)
+    def guarded(tensors: torch.Tensor | Iterable[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        if _in_parts(given):
+            raise ValueError(advice)
+        return norm(given, *args, **kwargs)
+
+    return guarded
 
 
-@functools.wraps(_clip_grad_norm)
-def _guarded_clip_grad_norm(
-    parameters: torch.Tensor | Iterable[torch.Tensor], *args: Any, **kwargs: Any
-) -> torch.Tensor:
-    given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    if _in_parts(given):
-        raise ValueError(
-            "torch.nn.utils.clip_grad_norm_ would take the norm of the gradients on this process alone, which holds a "
-            "part of the model; write accelerator.clip_grad_norm_(model.parameters(), max_norm), or without Accelerate "
-            "model.clip_grad_norm_(max_norm), on every process"
-        )
-    return _clip_grad_norm(given, *args, **kwargs)
-
-
-torch.nn.utils.clip_grad_norm_ = clip_grad.clip_grad_norm_ = _guarded_clip_grad_norm
-
-_get_total_norm = torch.nn.utils.get_total_norm
-
-
-@functools.wraps(_get_total_norm)
-def _guarded_get_total_norm(tensors: torch.Tensor | Iterable[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-    if _in_parts(given):
-        raise ValueError(
-            "torch.nn.utils.get_total_norm would take the norm on this process alone, which holds a part of the model; "
-            "accelerator.clip_grad_norm_(model.parameters(), float('inf')), or without Accelerate "
-            "model.clip_grad_norm_(float('inf')), on every process, returns that of all"
-        )
-    return _get_total_norm(given, *args, **kwargs)
-
-
-torch.nn.utils.get_total_norm = _guarded_get_total_norm
+torch.nn.utils.clip_grad_norm_ = clip_grad.clip_grad_norm_ = _guarded(
+    clip_grad.clip_grad_norm_,
+    "torch.nn.utils.clip_grad_norm_ would take the norm of the gradients on this process alone, which holds a part of "
+    "the model; write accelerator.clip_grad_norm_(model.parameters(), max_norm), or without Accelerate "
+    "model.clip_grad_norm_(max_norm), on every process",
+)
+torch.nn.utils.get_total_norm = _guarded(
+    torch.nn.utils.get_total_norm,
+    "torch.nn.utils.get_total_norm would take the norm on this process alone, which holds a part of the model; "
+    "accelerator.clip_grad_norm_(model.parameters(), float('inf')), or without Accelerate "
+    "model.clip_grad_norm_(float('inf')), on every process, returns that of all",
+)
 
 _update_average = swa_utils.AveragedModel.update_parameters
 

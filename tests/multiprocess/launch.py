@@ -1,4 +1,4 @@
-"""Runs a function as several processes connected by gloo, or by NCCL."""
+"""Runs a function as several processes connected by gloo, or by NCCL; ends what a launcher has started."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing.connection
 import os
 import pickle
+import subprocess
 import tempfile
 import time
 import traceback
@@ -13,6 +14,7 @@ from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -56,6 +58,17 @@ def run_ranks(
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+def kill_family(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL for a launcher and all that it has started: torchrun gives its processes sessions of their own."""
+    parent = psutil.Process(process.pid)
+    family = [parent, *parent.children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(family[1:], timeout=30)
 
 
 def _collect(readers: dict[Any, int], processes: list[Any], deadline: float, may_die: Collection[int]) -> list[Any]:

@@ -1,6 +1,5 @@
 """Unmodified scripts under `accelerate launch`: two stages in two processes give what DistributedDataParallel gives."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -9,13 +8,13 @@ import sys
 import warnings
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from tests.accelerate_config import TWO_CPU_PROCESSES
+from tests.multiprocess.launch import kill_family
 
 pytestmark = pytest.mark.multiprocess
 
@@ -33,10 +32,8 @@ def start(*command, timeout=240, **environ):
     try:
         output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        # With the processes that the launcher has started, which have sessions of their own and hold the pipes open.
-        for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+        # All of them: those that the launcher has started hold the pipes open.
+        kill_family(process)
         process.communicate()
         raise
     return subprocess.CompletedProcess(command, process.returncode, output, errors)

@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from tests.multiprocess.launch import kill_family
 from tests.recipes.runs import make_folder
 from tests.recipes.test_training_runs import records, train
 
@@ -66,11 +66,7 @@ def launched(folder):
     while not (folder / "output" / "checkpoints" / "step_00000007.json").exists():
         assert process.poll() is None, (folder / "log.txt").read_text()
         time.sleep(0.05)
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.kill()
-    process.wait()
-    psutil.wait_procs(family[1:])
+    kill_family(process)
     assert not (folder / "output" / "model.safetensors").exists()
     process = start(folder, 1, str(folder / "one.yaml"), 29572)
     assert process.wait() == 0, (folder / "log.txt").read_text()
